@@ -47,7 +47,9 @@ def _parameters(name: str, command: Callable[..., Any]) -> Iterator[str]:
         kind, info = typing.get_args(parameter.annotation)
         value = info.metavar or _kind(kind)
         if isinstance(info, ArgumentInfo):
-            arguments.append((info.metavar or parameter.name.upper(), str(info.help)))
+            shown = info.metavar or parameter.name.upper()
+            required = parameter.default is inspect.Parameter.empty
+            arguments.append((shown if required else f"[{shown}]", str(info.help)))
         else:
             flags = _flags(parameter.name, kind, info, value)
             options.append([flags, _text(info.help, kind), _default(parameter.default)])

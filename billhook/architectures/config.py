@@ -86,6 +86,26 @@ def positions(config: Any, pixels: tuple[int, ...]) -> int:
     return max(1, pixels[-1] * pixels[-2] // int(side) ** 2)
 
 
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model reads; 3 and 224 where its configuration has none."""
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(getattr(vision, "num_channels", None) or 3), int(height), int(width)
+
+
+def named_tokens(config: Any) -> set[int]:
+    """The token ids that a configuration, or one inside it, names: ends of a text, padding, places of images."""
+    found, parts = set(), [config.to_dict()]
+    while parts:
+        for key, value in parts.pop().items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif str(key).endswith(("_token_id", "_token_index")):
+                found |= {token for token in (value if isinstance(value, list) else [value]) if token is not None}
+    return found
+
+
 def special_tokens(model: PreTrainedModel) -> tuple[int, set[int]]:
     """The token that starts a document (BOS, else EOS), and the tokens that end one; BillhookError without either."""
     configs = [config for config in (text_config(model.config), model.generation_config) if config is not None]

@@ -1,4 +1,4 @@
-"""`billhook bench`: decode and prefill speed, memory and file size of models, side by side."""
+"""`billhook bench`: speed, memory and file size of models, side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from billhook.cli.common import emit, numbers, progress, say, table
 from billhook.cli.options import Json, Loading
 
 if TYPE_CHECKING:
-    from billhook.packed.benchmark import Side, Spread
+    from billhook.packed.benchmark import Cell, Side, Spread
 
 NAME = "bench"
 EXAMPLES = """\b
@@ -18,7 +18,11 @@ Examples:
   billhook bench ./packed --against ./pruned
   billhook bench ./packed-50 ./packed-60 ./packed-70 --against ./dense --batch 1 --prompt 128 --picture speed.svg
 """
-PROMPT_HELP = "Prompt lengths in tokens, separated by commas; by default those of 16,128,512 that fit the context."
+PROMPT_HELP = (
+    "Prompt lengths in tokens, separated by commas; by default those of 16,128,512 that fit the context. Not for "
+    "models that read images alone."
+)
+NEW_HELP = "Tokens to generate after each prompt; by default 64. Not for models that generate nothing."
 PICTURE_HELP = "Draw speed-up against sparsity (SVG); needs at least two packed models and --against."
 
 
@@ -28,17 +32,20 @@ def command(
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.", metavar="DENSE")] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     prompt: Annotated[str | None, typer.Option(help=PROMPT_HELP, metavar="LIST")] = None,
-    new: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", min=2)] = 64,
+    new: Annotated[int | None, typer.Option(help=NEW_HELP, min=2)] = None,
     rounds: Annotated[int, typer.Option(help="Counted rounds, after one warm-up round.", min=1)] = 3,
     picture: Annotated[Path | None, typer.Option(help=PICTURE_HELP, metavar="FILE")] = None,
     loading: Loading,
     as_json: Json = False,
 ) -> None:
-    """Measure models in turn, each in its own process; medians and quartiles."""
+    """Measure models in turn, each in its own process; medians and quartiles.
+
+    Models that generate text do so after random prompts; others read random texts or images.
+    """
     from dataclasses import asdict
 
     from billhook.errors import BillhookError
-    from billhook.packed import benchmark
+    from billhook.packed import bench_inputs, benchmark
     from billhook.store.files import check_new_file, write_text
     from billhook.store.layout import is_packed
 
@@ -64,23 +71,26 @@ def command(
         say(f"{picture}: speed-up against sparsity.")
     if not as_json:
         return show(sides)
-    facts = {"against": None if against is None else sides[0].name, "new": new, "rounds": rounds}
+    made = (new or bench_inputs.NEW) if sides[0].cells[0].decode else None
+    facts = {"against": None if against is None else sides[0].name, "new": made, "rounds": rounds}
     emit({**facts, "models": [asdict(x) for x in sides], "hardware": benchmark.hardware(options["device"])})
 
 
 def draw(sides: "Sequence[Side]") -> str | None:
-    """Decode speed-up against sparsity as SVG, one line per batch size and prompt length; None for fewer than two
-    models that have both."""
+    """Speed-up against sparsity as SVG, of decoding or, of models that generate nothing, of reading; one line per batch
+    size and prompt length. None for fewer than two models that have both."""
+    from billhook.packed.bench_inputs import Run
     from billhook.reports.charts import Series, chart
     from billhook.reports.scales import Axis
 
     packed = sorted((side for side in sides if side.sparsity is not None), key=lambda side: side.sparsity or 0.0)
     series = []
     for number, cell in enumerate(packed[0].cells if packed else []):
-        found = [(100 * (side.sparsity or 0.0), side.cells[number].decode_speedup) for side in packed]
-        points = [(x, ratio) for x, ratio in found if ratio is not None]
+        found = [(100 * (side.sparsity or 0.0), side.cells[number]) for side in packed]
+        ratios = [(x, own.decode_speedup if own.decode else own.prefill_speedup) for x, own in found]
+        points = [(x, ratio) for x, ratio in ratios if ratio is not None]
         line = Series(
-            f"batch {cell.batch}, prompt {cell.prompt}", x=[x for x, _ in points], y=[r.median for _, r in points],
+            str(Run(cell.batch, cell.prompt)), x=[x for x, _ in points], y=[r.median for _, r in points],
             low=[r.low for _, r in points], high=[r.high for _, r in points],
             labels=[f"{x:.1f} % sparsity: {r.median:.2f}x" for x, r in points],
         )  # fmt: skip
@@ -88,7 +98,8 @@ def draw(sides: "Sequence[Side]") -> str | None:
     if not series or len(series[0].x) < 2:
         return None
     series.append(Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, colour=-1, dash=1))
-    title = "Tokens generated per second, packed against dense"
+    done = "Tokens generated" if cell.decode else f"{_unit(cell).capitalize()} read"
+    title = f"{done} per second, packed against dense"
     x, y = Axis("sparsity of packed layers (%)"), Axis("speed-up over the dense model", zero=True)
     return chart(title, series, x, y, summary="Bands: quartiles over the rounds.", standalone=True)
 
@@ -100,19 +111,22 @@ def show(sides: "Sequence[Side]") -> None:
         sparsity = "-" if s.sparsity is None else f"{s.sparsity:.1%}"
         facts.append([s.name, sparsity, _mib(s.file_bytes), _mib(s.memory_bytes), f"{s.load_s:.1f}"])
     table("Models", ["model", "sparsity", "file MiB", "peak memory MiB", "load s"], facts)
-    rows = [
-        [
-            s.name,
-            f"{c.batch}",
-            f"{c.prompt}",
-            *_speed(c.prefill, c.prefill_speedup),
-            *_speed(c.decode, c.decode_speedup),
-        ]
-        for s in sides
-        for c in s.cells
-    ]
+    cell = sides[0].cells[0]
     header = ["model", "batch", "prompt", "prefill tokens/s", "speed-up", "decode tokens/s", "speed-up"]
-    table("Speed: median (quartiles)", header, rows)
+    if cell.decode is None:
+        header = ["model", "batch", *([] if cell.prompt is None else ["prompt"]), f"{_unit(cell)}/s", "speed-up"]
+    table("Speed: median (quartiles)", header, [_row(side.name, cell) for side in sides for cell in side.cells])
+
+
+def _unit(cell: "Cell") -> str:
+    """What a model reads."""
+    return "images" if cell.prompt is None else "tokens"
+
+
+def _row(name: str, cell: "Cell") -> list[str]:
+    prompt = [] if cell.prompt is None else [f"{cell.prompt}"]
+    decode = () if cell.decode is None else _speed(cell.decode, cell.decode_speedup)
+    return [name, f"{cell.batch}", *prompt, *_speed(cell.prefill, cell.prefill_speedup), *decode]
 
 
 def _mib(size: int) -> str:

@@ -28,7 +28,7 @@ PLAN_HELP = "A plan.json for the same layers, named by its file. Repeatable."
 
 
 def command(
-    subject: Annotated[str | None, typer.Argument(metavar="[TABLE|DIR|LAYER]", help=SUBJECT_HELP)] = None,
+    subject: Annotated[str | None, typer.Argument(metavar="TABLE|DIR|LAYER", help=SUBJECT_HELP)] = None,
     *,
     output: Annotated[Path, output_option("Directory for the pictures (SVG).")] = Path("pictures"),
     metrics: Annotated[list[str] | None, typer.Option("--metric", help=METRIC_HELP, metavar="NAME")] = None,

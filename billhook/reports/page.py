@@ -33,6 +33,7 @@ class Figure:
 
 def page(report: Mapping[str, Any]) -> str:
     """The text of report.html."""
+    speed = _speed(report["speed"] or {})
     text: str = template("report.html.j2", html=True).render(
         report=report,
         style=STYLE,
@@ -41,7 +42,8 @@ def page(report: Mapping[str, Any]) -> str:
         quality=evaluation_rows(report),
         asked=_asked(report),
         provenance=_provenance(report),
-        speed=_speed(report["speed"] or {}),
+        speed_header=speed[0],
+        speed=speed[1],
         metrics=list(report["layers"][0]["metrics"]),
         pattern=pattern_in_words(report["asked"]["pattern"]),
         headline=_headline(report),
@@ -108,19 +110,29 @@ def _provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ("billhook", report["made_with"]), *report["versions"].items()]
 
 
-def _speed(speed: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of a benchmark: model, batch, prompt, prefill and decode speed (with speedup), bytes."""
+def _speed(speed: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a benchmark: model, batch, prompt, speed of reading and of decoding (with speedup), bytes.
+
+    Images have no prompt, and models that generate nothing no speed of decoding.
+    """
     try:
-        return [_speed_row(model, cell) for model in speed.get("models", []) for cell in model["cells"]]
+        cells = [(model, cell) for model in speed.get("models", []) for cell in model["cells"]]
+        prompts, decode = (any(cell[key] is not None for _, cell in cells) for key in ("prompt", "decode"))
+        kinds = {"prefill": "prefill, tokens/s", "decode": "decode, tokens/s"}
+        if not decode:
+            kinds = {"prefill": "tokens/s" if prompts else "images/s"}
+        rows = [_speed_row(model, cell, prompts, list(kinds)) for model, cell in cells]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BillhookError(f"The benchmark result is not that of billhook bench --json ({error!r}).") from None
+    prompt = ["prompt, tokens"] if prompts else []
+    return ["batch", *prompt, *kinds.values(), "weight files", "peak memory"], rows
 
 
-def _speed_row(model: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
-    pairs = [(cell[key], cell.get(f"{key}_speedup")) for key in ("prefill", "decode")]
+def _speed_row(model: Mapping[str, Any], cell: Mapping[str, Any], prompt: bool, kinds: Sequence[str]) -> list[str]:
+    pairs = [(cell[key], cell.get(f"{key}_speedup")) for key in kinds]
     shown = [f"{a['median']:,.1f}" + ("" if b is None else f" ({b['median']:.2f} x)") for a, b in pairs]
     sizes = [_size(model[key]) for key in ("file_bytes", "memory_bytes")]
-    return [model["name"], str(cell["batch"]), str(cell["prompt"]), *shown, *sizes]
+    return [model["name"], str(cell["batch"]), *([str(cell["prompt"])] if prompt else []), *shown, *sizes]
 
 
 def figures(report: Mapping[str, Any]) -> list[Figure]:

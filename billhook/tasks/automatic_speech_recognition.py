@@ -32,6 +32,7 @@ class SpeechRecognition(TextToText):
     """A batch is {"input_features": float [rows, bands, frames], "decoder_input_ids": ..., "labels": tokens}."""
 
     protocol: ClassVar[str] = "text of each recording, by the checkpoint's own processor"
+    continues_text: ClassVar[bool] = False
     name: str = "automatic-speech-recognition"
     auto_class: str = "AutoModelForSpeechSeq2Seq"
 

@@ -23,6 +23,7 @@ class ImageTextToText(AnswerTask):
 
     protocol: ClassVar[str] = "answers to questions about images, by the checkpoint's own processor and chat template"
     stacks: ClassVar[str] = "language"
+    continues_text: ClassVar[bool] = True
     rows: ClassVar[str] = "questions"
     name: str = "image-text-to-text"
     auto_class: str = "AutoModelForImageTextToText"

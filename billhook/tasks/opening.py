@@ -36,6 +36,11 @@ def task_of_config(path: Path, config: dict[str, Any]) -> Task:
     return _named(str(path), config.get("architectures") or [], config)
 
 
+def continues_text(task: Task) -> bool:
+    """Whether the models of a task continue a prompt."""
+    return bool(getattr(task, "continues_text", False))
+
+
 def _named(who: str, classes: list[str], config: dict[str, Any]) -> Task:
     own_code = config.get("auto_map") or {}
     for task in tasks():

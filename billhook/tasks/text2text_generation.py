@@ -28,6 +28,7 @@ class TextToText(AnswerTask):
 
     protocol: ClassVar[str] = "target of each input, by the checkpoint's own tokenizer"
     stacks: ClassVar[str] = "all"
+    continues_text: ClassVar[bool] = True
     encoder_decoder: ClassVar[bool] = True
     name: str = "text2text-generation"
     auto_class: str = "AutoModelForSeq2SeqLM"

@@ -24,6 +24,7 @@ class TextGeneration(NextToken):
     """A batch is {"input_ids": int64 [windows, length]}; every token but the first of a window is a label."""
 
     stacks: ClassVar[str] = "all"
+    continues_text: ClassVar[bool] = True
     name: str = "text-generation"
     auto_class: str = "AutoModelForCausalLM"
 

@@ -183,6 +183,27 @@ def test_speed_is_added_from_a_benchmark(place, pruned):
         done("report", pruned)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "decode", "header"),
+    [
+        (4, True, ["prompt, tokens", "prefill, tokens/s", "decode, tokens/s"]),
+        (4, False, ["prompt, tokens", "tokens/s"]),
+        (None, False, ["images/s"]),
+    ],
+)
+def test_the_speed_of_models_that_generate_nothing_has_no_columns_without_a_meaning(pruned, prompt, decode, header):
+    speed, ratio = ({"median": x, "low": x, "high": x} for x in (1234.5, 1.75))
+    cell = {"batch": 1, "prompt": prompt, "prefill": speed, "prefill_speedup": ratio}
+    cell |= {"decode": speed, "decode_speedup": None} if decode else {"decode": None, "decode_speedup": None}
+    side = {"name": "small", "file_bytes": 1, "memory_bytes": 1, "cells": [cell]}
+    (pruned.parent / "bench.json").write_text(json.dumps({"models": [side]}))
+    done("report", pruned, "--speed", pruned.parent / "bench.json")
+    text = (pruned / "report.html").read_text().partition("Measured speed")[2].partition("</table>")[0]
+    assert re.findall(r"<th scope.*?>(.*?)</th>", text) == ["model", "batch", *header, "weight files", "peak memory"]
+    row = ["1", *([str(prompt)] if prompt else []), "1,234.5 (1.75 x)", *(["1,234.5"] if decode else [])]
+    assert re.findall(r"<td.*?>(.*?)</td>", text)[:-2] == ["small", *row]
+
+
 def test_speed_is_added_from_a_file_of_ones_own(pruned):
     (pruned.parent / "own.json").write_text('{"machine": "a machine", "decode": {"dense": 10, "packed": 14}}')
     done("report", pruned, "--speed", pruned.parent / "own.json")

@@ -24,7 +24,7 @@ from billhook import BillhookError, pack, prune, verify
 from billhook.engine.batch import select_rows
 from billhook.engine.capture import single_row_calls
 from billhook.engine.walk import walk
-from billhook.packed.benchmark import _fitting
+from billhook.packed.bench_inputs import runs_of
 from billhook.packed.loading import load
 from billhook.runtime.linear import SparseLinear
 from billhook.tasks.automatic_speech_recognition import samples_of
@@ -170,7 +170,8 @@ def test_a_packed_model_generates_and_scores_what_the_dense_one_does(family, tmp
         for path in (dense, packed)
     ]
     assert nll[0] == pytest.approx(nll[1], rel=1e-4)
-    assert list(_fitting([dense, packed], [40], 60)) == [40]  # of a context of 64 for each stack, or without a limit
+    # the context is 64 for each stack, or without a limit
+    assert runs_of([dense, packed], [1], [40], 60) == [(1, 40, 60)]
     for dtype in (torch.bfloat16, torch.float32):  # that of the activations, whatever the values have
         layer = load(packed, dtype=dtype).get_submodule(PACKED[family])
         assert isinstance(layer, SparseLinear)
