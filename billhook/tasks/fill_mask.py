@@ -101,7 +101,7 @@ class FillMask:
     def _labels(self, batch: Batch) -> Tensor:
         if LABELS not in batch:
             raise BillhookError(
-                "Nothing is masked, so there is no loss: add the tokenizer to the model's directory, or choose a method "
+                "Nothing is masked, so there is no loss: add the tokenizer to the model's directory, or take a method "
                 "that reads activations only, such as admm with the uniform allocation."
             )
         return batch[LABELS]
