@@ -93,3 +93,15 @@ def test_the_figures_are_those_of_a_run(tmp_path):
     for place, method, sparsity in ((demo.MODEL, "dense", 0), (tmp_path / "out", "wanda", 60)):
         found = evaluate(load_model(place, dtype="float32"), windows).token_ppl
         assert found == pytest.approx(float(known()[method, sparsity]), rel=2e-3)
+
+
+def test_pages_count_the_families_of_the_list():
+    (row,) = re.findall(r"^\| `text-generation` \|(.*)\|$", text("docs/methods/index.md"), re.M)
+    counted = {
+        (page.name, int(number))
+        for page in PAGES
+        if page.name not in ("LOG.md", "CHANGELOG.md")
+        for number in re.findall(r"(\d+) (?:\[?model )?\[?families", page.read_text(encoding="utf-8"))
+    }
+    assert {name for name, _ in counted} >= {"README.md", "faq.md", "own_model.md"}
+    assert {number for _, number in counted} == {row.count("`") // 2}
