@@ -108,8 +108,9 @@ def gguf_family(config: Mapping[str, Any]) -> Family:
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise BillhookError(
-            f"No GGUF names are known for {kind} (known: {known}). Convert it with llama.cpp's convert_hf_to_gguf.py, "
-            "and give that file with --template."
+            f"No GGUF names are known for {kind} (known: {known}). If llama.cpp runs such models, convert it with its "
+            "convert_hf_to_gguf.py, and give that file with --template. Directories for transformers (compress --for "
+            "transformers, quantize --type int4) need no such names."
         )
     family = FAMILIES[kind]
     for key in (key for key in family.assumed if key in config):
