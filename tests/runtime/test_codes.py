@@ -120,7 +120,8 @@ def test_columns_are_rounded_one_by_one_and_pass_their_errors_on(path: str, kind
         assert (found.double() == wanted).double().mean() > 0.99
         assert fixed is None or not found[fixed].any()
         assert not found[:16, 0].any()
-        assert_same_everywhere(path, (found, errors), codes.round_columns, x, U, values, fixed)
+        if columns <= 256:  # torch rounds more columns, and its sums depend on the number of threads
+            assert_same_everywhere(path, (found, errors), codes.round_columns, x, U, values, fixed)
 
 
 @pytest.mark.parametrize("kind", POINTS)
