@@ -59,9 +59,9 @@ REMOVED = {  # removed commands and options, and what to use instead
 
 app = typer.Typer(
     name="billhook",
-    help="Prune and quantize large language models, layer by layer, with as little loss as possible.",
+    help="Make trained models smaller and faster, by bits, zeros and whole units, with as little loss as possible.",
     epilog="First run: billhook demo.  Your own model: "
-    "billhook prune MODEL --sparsity 0.5 --calibration text.txt --output pruned",
+    "billhook compress MODEL --bits 4.5 --calibration text.txt --output small",
     invoke_without_command=True,
     cls=Commands,
     rich_markup_mode=None,
