@@ -104,7 +104,7 @@ def command(
         if (seconds := announced_time(job)) is not None:
             say(f"Removing and scoring takes about {duration(seconds)}, as the first block did.")
         unit, done = max(1, len(job.units) // len(job.smaller.blocks)), finished_items(output, writing.resume)
-        bar = progress("removing", len(job.units), unit=unit, skipped=done)
+        bar = progress("removing", job.steps, unit=unit, skipped=done)
         with bar as advance, graceful_interrupt() as stopping:
             report = run(job, advance, stopping)
     say_notes(report.warnings[len(job.notes) :])

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from billhook.architectures.layers import Layer
-from billhook.engine.gradient_file import Gradients
+from billhook.distributed.torchrun import rank
+from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.walk import Progress
+from billhook.steps.partial_output import PartialOutput
 from billhook.steps.request import Opened, Request, calibration_facts, open_request
 from billhook.store.layout import GRADIENTS
 from billhook.store.output import check_room
@@ -36,3 +38,14 @@ def make_gradients(opened: Opened, statistic: str, path: Path, progress: Progres
         opened.model, opened.batches, statistic, path, loss=opened.task.loss, layers=opened.layers, facts=facts,
         resources=opened.resources, progress=progress,
     )  # fmt: skip
+
+
+def stored_gradients(opened: Opened, statistic: str, partial: PartialOutput, progress: Progress) -> Gradients:
+    """The gradients that are stored with an unfinished output, for use when it is resumed; new ones at its start."""
+    if partial.has_file(GRADIENTS):
+        return open_gradients(partial.folder / GRADIENTS)
+    path = partial.folder / (f"{rank()}.{GRADIENTS}" if rank() else GRADIENTS)
+    found = make_gradients(opened, statistic, path, progress)
+    if not rank():
+        partial.add_file(GRADIENTS)
+    return found

@@ -19,7 +19,7 @@ from billhook.distributed.collectives import barrier, gather
 from billhook.distributed.torchrun import rank
 from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.batch import rows_of
-from billhook.engine.gradient_file import Gradients, open_gradients
+from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Group, Prefix
 from billhook.engine.walk import Block, Progress
@@ -34,7 +34,7 @@ from billhook.racing.race import Problem
 from billhook.recovery.blockwise import Refine, Refining
 from billhook.reports.publishing import publish
 from billhook.steps.apply import prune_with
-from billhook.steps.gradients import make_gradients
+from billhook.steps.gradients import stored_gradients
 from billhook.steps.keywords import MethodOptions
 from billhook.steps.lost import loss_of
 from billhook.steps.measure import measure_opened, rows_of_table
@@ -44,7 +44,7 @@ from billhook.steps.record import Job, Report, record
 from billhook.steps.request import Request, in_memory
 from billhook.steps.resolve import ResolvedRequest, check
 from billhook.store.directory import save_pruned
-from billhook.store.layout import GRADIENTS, WRITTEN
+from billhook.store.layout import WRITTEN
 from billhook.tasks.self_text import is_self, save_windows
 from billhook.text.given import Given
 
@@ -185,7 +185,8 @@ def _run_streamed(
         before = [result for results in partial.state.results for result in results]
         for result in before:
             progress(result.layer)
-        job = replace(job, gradients=_stored_gradients(job, partial, progress))
+        if job.method.gradient and job.gradients is None:
+            job = replace(job, gradients=stored_gradients(job.opened, job.method.gradient, partial, progress))
         results = [*before, *_apply(job, progress, note, partial)]
         made = record(job, results, lost())
         partial.complete(made)
@@ -229,16 +230,3 @@ def _store_generated_text(job: Job, partial: PartialOutput) -> None:
     if samples is not None and is_self(samples.source) and not rank() and not partial.has_file(WRITTEN):
         save_windows(partial.folder / WRITTEN, samples)
         partial.add_file(WRITTEN)
-
-
-def _stored_gradients(job: Job, partial: PartialOutput, progress: Progress) -> Gradients | None:
-    """The gradients the criterion reads: given, stored by the run that is resumed, or new ones, which are stored."""
-    if not job.method.gradient or job.gradients is not None:
-        return job.gradients
-    if partial.has_file(GRADIENTS):
-        return open_gradients(partial.folder / GRADIENTS)
-    path = partial.folder / (f"{rank()}.{GRADIENTS}" if rank() else GRADIENTS)
-    found = make_gradients(job.opened, job.method.gradient, path, progress)
-    if not rank():
-        partial.add_file(GRADIENTS)
-    return found

@@ -5,10 +5,9 @@ stopped can be resumed to the same bytes. Before the directory is put in its pla
 `transformers`, and its predictions are compared with those of the model in memory.
 """
 
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,9 +35,9 @@ from billhook.methods.structured.experts import EXPERTS
 from billhook.plan.allocators import AUTO
 from billhook.plan.plan import Plan, load_plan
 from billhook.reports.slim_card import publish_slim
-from billhook.steps.gradients import make_gradients
+from billhook.steps.gradients import stored_gradients
 from billhook.steps.lost import loss_of
-from billhook.steps.partial_output import partial_output
+from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.request import Opened, check_text_given, draw_text, open_model
 from billhook.steps.resolve import identity
 from billhook.steps.slim_allocation import UnitAllocation
@@ -48,7 +47,6 @@ from billhook.steps.slim_job import SlimJob, SlimReport, SlimRequest, kept_parts
 from billhook.steps.slim_plan import check_plan, dropped_by, kinds_in, kinds_of
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.files import in_one_line, read_json, write_json
-from billhook.store.layout import GRADIENTS
 from billhook.store.shards import result_bytes, weight_bytes, without_missing_entry, write_index
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of logits, relative to the largest
@@ -174,11 +172,12 @@ def run(
         smaller.source, source, output, job.identity, job.plan.to_json(),
         resume=request.resume, overwrite=request.overwrite, stopping=stopping, files=files,
     )  # fmt: skip
-    with ExitStack() as stack, _gradients(job) as gradients, unfinished as partial:
+    with ExitStack() as stack, unfinished as partial:
         before = [result for results in partial.state.results for result in results]
         _keep(job, before)
         for unit in kept_parts(job, before):
             progress(unit)
+        gradients = _gradients(job, partial, progress)
         gone = [i for i in range(len(smaller.source.blocks)) if i not in smaller.blocks]
         dropped = stack.enter_context(dropping(opened.model, gone, opened.resources))
 
@@ -202,17 +201,13 @@ def run(
     )  # fmt: skip
 
 
-@contextmanager
-def _gradients(job: SlimJob) -> Iterator[Gradients | None]:
-    """The gradients of the consumers in a temporary file, if the method reads any."""
-    layers = [unit.consumer for unit in job.units if unit.consumer is not None]
-    if not job.removal.gradient or not layers:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="billhook.") as folder:
-        opened = replace(job.opened, layers=layers)
-        opened.__dict__["facts"] = job.opened.facts  # the digest of the files takes time
-        yield make_gradients(opened, job.removal.gradient, Path(folder) / GRADIENTS, lambda layer: None)
+def _gradients(job: SlimJob, partial: PartialOutput, progress: Progress) -> Gradients | None:
+    """The gradients of the consumers, stored with the unfinished output, if the method reads any."""
+    if not job.removal.gradient or not job.consumers:
+        return None
+    opened = replace(job.opened, layers=job.consumers)
+    opened.__dict__["facts"] = job.opened.facts  # the digest of the files takes time
+    return stored_gradients(opened, job.removal.gradient, partial, progress)
 
 
 def _keep(job: SlimJob, results: list[LayerResult]) -> None:

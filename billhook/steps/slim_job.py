@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from billhook.architectures.layers import find_layers
+from billhook.architectures.layers import Layer, find_layers
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit
 from billhook.engine.loop import LayerResult
@@ -69,6 +69,16 @@ class SlimJob:
     identity: Mapping[str, Any]
     parameters: Sequence[int]
     notes: list[str]
+
+    @property
+    def consumers(self) -> list[Layer]:
+        """The layers that read what units of channels and heads produce."""
+        return [unit.consumer for unit in self.units if unit.consumer is not None]
+
+    @property
+    def steps(self) -> int:
+        """The number of progress calls of `run`: one per unit, one more where gradients are computed first."""
+        return len(self.units) + (len(self.consumers) if self.removal.gradient else 0)
 
     @property
     def removed(self) -> int:

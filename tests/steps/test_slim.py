@@ -18,6 +18,7 @@ from billhook.errors import BillhookError, Interrupted
 from billhook.plan.plan import Budget, Plan
 from billhook.steps.quantize import quantize
 from billhook.steps.slim import SlimRequest, prepare, run, slim
+from billhook.steps.slim_estimate import estimate_slim
 from billhook.steps.state import finished_items
 from billhook.steps.verify import verify
 from billhook.store.shards import read_shard
@@ -133,6 +134,25 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, whole, blocks
     seen: list[str] = []
     slim(source, 0.3, tmp_path / "out", resume=True, progress=seen.append, **BOTH)
     assert seen == [unit.name for unit in job.units]
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_run_that_reads_gradients_reports_their_progress_and_keeps_them_for_its_resumption(tmp_path, source):
+    given = {**BOTH, "method": "taylor"}
+    job = prepare(SlimRequest(source, tmp_path / "out", 0.3, **given))
+    assert 0 < estimate_slim(job) < 60
+    units, consumers = [unit.name for unit in job.units], {unit.consumer.name for unit in job.units}
+    seen: list[str] = []
+    with pytest.raises(Interrupted):
+        run(job, seen.append, stopping=lambda: True)
+    assert consumers == set(seen[: len(consumers)])
+    assert set(seen[len(consumers) :]) < set(units)
+    seen.clear()
+    whole = slim(source, 0.3, tmp_path / "whole", progress=seen.append, **given).output
+    assert len(seen) == job.steps == len(units) + len(consumers)
+    seen.clear()
+    slim(source, 0.3, tmp_path / "out", resume=True, progress=seen.append, **given)
+    assert seen == units
     assert contents(tmp_path / "out") == contents(whole)
 
 
