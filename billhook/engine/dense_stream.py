@@ -99,6 +99,8 @@ class DenseStream:
                 output = pair.add(block, dense.values(), (self.flow, pruned), i, pair_of_calls)
                 if advanced:
                     self.hidden[i] = output
+            if advanced:
+                dense.clear()  # no longer needed, and as large as the block
             yield group, pair.stats(group, rows)
         if not advanced:
             with exchanged(dense.values()):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from billhook.architectures.gguf_config import gguf_sizes, rotary_factors, window_note, yarn_note
 from billhook.architectures.gguf_names import FAMILIES, HEAD, GgufTensor, gguf_family, gguf_tensors
@@ -236,8 +235,7 @@ def _parts(tensor: GgufTensor, kind: str, place: Mapping[str, Shard], given: Qua
         if given is not None:
             yield tensor.pick(np.asarray(given[name][1], np.uint8))
             continue
-        with safe_open(place[name].path, framework="pt") as file:
-            values = file.get_tensor(name)
+        values = read_tensor(place[name].path, place[name].entries[name])  # without mapping a whole file
         if tensor.rows is not None:
             values = values.index_select(max(0, values.ndim - 2), torch.from_numpy(tensor.rows))
         rows = values.reshape(-1, values.shape[-1])

@@ -24,7 +24,7 @@ from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Progress, walk
 from billhook.measurement.error_curves import finite
 from billhook.methods.least_squares import inverse_factor
-from billhook.methods.quantize.gptq import feedback, noise_share, shrunk
+from billhook.methods.quantize.gptq import feedback, noise_share
 from billhook.methods.quantize.grid import Quantized
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.nearest import nearest
@@ -116,7 +116,7 @@ def _quantized(
     """W on the grid of every type: by GPTQ, or rounded where the layers received no token."""
     if stats.tokens:
         share = noise_share(len(gram), stats.tokens)
-        U = inverse_factor(shrunk(gram, share), gram.diagonal() <= 0, _DAMPING, replace(stats, notes=[]))
+        U = inverse_factor(gram, gram.diagonal() <= 0, _DAMPING, replace(stats, notes=[]), share)
     for type in types:
         grid = grid_of(type, scale_dtype)
         yield type, feedback(W, U, grid, W == 0 if grid.has_zero else None) if stats.tokens else nearest(W, stats, grid)

@@ -88,13 +88,14 @@ def peak_bytes(
     if needs or refine:  # hidden states, and the widest activations of a batch, in the model's dtype and in float32
         total += kept
         observing += (6 * size + 2 * 4) * batch_tokens * max(max(x.shape) for x in layers)
-    if "drift" in needs:  # the dense block and its hidden states; drift, Gram matrix, factor and inverse of one input
-        total += max(each) + kept
-        observing, changing = observing + 2 * 4 * columns**2, changing + 5 * 4 * columns**2
-    elif "gram" in needs:  # of every distinct input of a block; a factor and an inverse
+    squares = 2 if criterion == "gptq" else 4  # of the widest input, beside its statistics
+    if "drift" in needs:  # dense hidden states; Gram matrix and drift of one input, and until then the dense block
+        total += kept
+        observing, changing = observing + max(each) + 2 * 4 * columns**2, changing + (1 + squares) * 4 * columns**2
+    elif "gram" in needs:  # of every distinct input of a block
         inputs = [x for x in layers if x.kind.rpartition(".")[2] not in SHARED_INPUTS]
         grams = [sum(4 * x.shape[1] ** 2 for x in inputs if x.block == index) for index in {x.block for x in layers}]
-        total, changing = total + max(grams), changing + 3 * 4 * columns**2
+        total, changing = total + max(grams), changing + (squares - 1) * 4 * columns**2
     total += max(observing, changing, predicting(model, length, priced))
     if set(needs) & set(GRADIENTS):  # stored inputs, two lists that are not spilled, gradients and their float32 sums
         total += min((1 if REGIONAL in needs else len(each)) * hidden, limit) + 2 * hidden + max(each) * (1 + 4 / size)

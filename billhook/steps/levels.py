@@ -33,7 +33,7 @@ from billhook.steps.types import outside_parameter
 ERROR_TOKENS = 16384  # of text for the errors; at least twice as many as the widest layer has inputs
 COST_TOKENS = 4096  # of text for the costs, embeddings and head
 EXPERTS = 8
-_ROWS = 1024  # of embeddings and head whose errors are measured
+_ROWS = 1024  # of embeddings and head whose errors are measured, and that are rounded at a time
 _PROPORTIONAL = 0.1  # nats a token: divergences up to about which they grow like the error
 _NOT_FINITE = 100.0  # stands for a divergence that is not finite
 _LEAST = 1e-9  # of a cost, a divergence or an error
@@ -127,7 +127,8 @@ def _outside_losses(
         own, found = parameter.clone(), dict[str, float]()
         errors = {type: _error(own[:: max(1, len(own) // _ROWS)].float(), type) for type in menu}
         for type in sorted(menu, key=lambda t: (bits(t), t)):
-            parameter.copy_(_rounded(own.float(), type))
+            for new, old in zip(parameter.split(_ROWS), own.split(_ROWS), strict=True):
+                new.copy_(_rounded(old.float(), type))
             kl = reference.compare(model, resources).kl
             found[type] = _NOT_FINITE if kl is None else max(kl, _LEAST)
             parameter.copy_(own)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from billhook.errors import BillhookError
-from billhook.methods.least_squares import inverse_factor, loss, shift_to_dense, solve_support
+from billhook.methods.least_squares import inverse_factor, loss, reverse_, shift_to_dense, shrunk, solve_support
 from billhook.methods.masks import Select
 from billhook.methods.sparse.admm import admm
 from billhook.methods.sparse.sparsegpt import sparsegpt
@@ -198,3 +198,22 @@ def test_a_target_found_with_the_factor_is_that_of_a_solve(columns: int) -> None
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(columns, dtype=gram.dtype)
     expected = W + 0.5 * torch.linalg.solve(damped, (W @ drift + W @ drift.T).T).T
     torch.testing.assert_close(shift_to_dense(W, stats, 0.5, 0.01, U), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 256])
+@pytest.mark.parametrize("size", [0, 1, 6, 7])
+def test_rows_and_columns_are_reversed_in_place(size: int, rows: int) -> None:
+    M = torch.arange(size * size).view(size, size)
+    expected = M.flip(0, 1)
+    assert reverse_(M, rows) is M
+    assert torch.equal(M, expected)
+
+
+def test_the_factor_is_that_of_the_inverse_of_the_shrunk_gram_matrix_which_stays_as_it_was() -> None:
+    gram = problem(4, 90)[1]
+    before, H = gram.clone(), shrunk(gram, 0.3)
+    U = inverse_factor(gram, gram.diagonal() <= 0, 0.01, LayerStats(270, 1, gram=gram), 0.3)
+    H.diagonal().add_(0.01 * gram.diagonal().mean())
+    torch.testing.assert_close(U.T @ U, torch.linalg.inv(H))
+    assert torch.equal(U, U.triu())
+    assert torch.equal(gram, before)

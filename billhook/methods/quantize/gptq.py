@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.methods.least_squares import inverse_factor, shift_to_dense
+from billhook.methods.least_squares import inverse_factor, shift_to_dense, shrunk
 from billhook.methods.quantize.grid import Grid, Quantized, Scales
 from billhook.methods.quantize.polish import polish
 from billhook.methods.statistics import LayerStats
@@ -72,32 +72,24 @@ def gptq(
             f"shrinkage={shrinkage} in [0, 1], sweeps={sweeps} at least 0."
         )
     assert stats.gram is not None
-    zero = W == 0 if grid.has_zero else None
-    H = shrunk(stats.gram.to(W.dtype), shrinkage * noise_share(W.shape[1], stats.tokens))
-    dead = H.diagonal() <= 0
-    U = inverse_factor(H, dead, damping, stats)
-    W = shift_to_dense(W, stats, dense_target, damping, U)
-    mean = H.diagonal().sum() / max(int((~dead).sum()), 1)
-    H.diagonal().add_(torch.where(dead, 1, damping * mean))
-    made = []
-    for rows in torch.arange(len(W)).split(ROWS):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        fixed = None if zero is None else zero[part]
-        some = feedback(W[part], U, grid, fixed)
-        made.append(polish(W[part], H, some, sweeps, fixed) if sweeps else some)
+    gram, share = stats.gram.to(W.dtype), shrinkage * noise_share(W.shape[1], stats.tokens)
+    dead = gram.diagonal() <= 0
+    zero = [part == 0 if grid.has_zero else None for part in W.split(ROWS)]
+    U = inverse_factor(gram, dead, damping, stats, share)
+    target = shift_to_dense(W, stats, dense_target, damping, U).split(ROWS)
+    made = [feedback(part, U, grid, fixed) for part, fixed in zip(target, zero, strict=True)]
+    if sweeps:
+        del U  # as large as H
+        H = shrunk(gram, share)
+        mean = H.diagonal().sum() / max(int((~dead).sum()), 1)
+        H.diagonal().add_(torch.where(dead, 1, damping * mean))
+        made = [polish(part, H, some, sweeps, fixed) for part, some, fixed in zip(target, made, zero, strict=True)]
     return Quantized.join(made)
 
 
 def noise_share(columns: int, tokens: int) -> float:
     """By how much the Gram matrix of so many columns and tokens is shrunk towards its diagonal."""
     return columns / max(columns + tokens, 1)
-
-
-def shrunk(gram: Tensor, share: float) -> Tensor:
-    """A copy of a Gram matrix [in, in], shrunk towards its diagonal."""
-    found = gram * (1 - share)
-    found.diagonal().copy_(gram.diagonal())
-    return found
 
 
 def feedback(W: Tensor, U: Tensor, grid: Grid, zero: Tensor | None = None) -> Quantized:

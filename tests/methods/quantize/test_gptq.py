@@ -1,6 +1,7 @@
 """GPTQ against plain loops."""
 
 import torch
+from live_memory import LiveMemory
 from quantized_layers import layer
 
 from billhook.methods.quantize import QUANTIZERS
@@ -66,3 +67,13 @@ def test_polishing_never_raises_the_loss_of_a_row_and_ends_where_no_single_code_
             changed[:, column] = code * scale[:, column]
             D = changed - W
             assert (((D @ H) * D).sum(1) >= best * (1 - 1e-5)).all()
+
+
+def test_memory_is_that_of_one_more_matrix_of_the_size_of_the_gram_matrix():
+    """The factor is inverted in place, with two quarters of it beside it, and is gone before codes are polished."""
+    columns, generator = 1024, torch.Generator().manual_seed(0)
+    X, W = (torch.randn(rows, columns, generator=generator) for rows in (2048, 16))
+    stats = LayerStats(2048, 1, gram=X.T @ X, stream_drift=torch.randn(16, columns, generator=generator))
+    with LiveMemory([W, stats.gram, stats.stream_drift]) as memory:
+        gptq(W, stats, grid_of("int4/64"))
+    assert memory.peak < 1.7 * stats.gram.nbytes
