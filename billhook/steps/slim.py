@@ -14,22 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from billhook.ambient import pinned, same_random_numbers
-from billhook.architectures.config import call_options, predictions
+from billhook.ambient import pinned
 from billhook.architectures.gguf_config import new_shape_note
 from billhook.architectures.slim_config import check_blocks, shape_notes, slimmed, stored_counts
 from billhook.distributed.collectives import barrier, gather
-from billhook.engine.batch import model_inputs, select_rows
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult
 from billhook.engine.removal import Removal, dropping, remove_parts_
 from billhook.engine.resources import Resources
 from billhook.engine.routing import restrict_
-from billhook.engine.streaming import Stream, open_streamed
+from billhook.engine.streaming import open_streamed
 from billhook.engine.walk import Block, Progress
-from billhook.errors import BillhookError, JobError
+from billhook.errors import BillhookError
 from billhook.methods.structured import STRUCTURED
 from billhook.methods.structured.experts import EXPERTS
 from billhook.plan.allocators import AUTO
@@ -40,16 +37,15 @@ from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.request import Opened, check_text_given, draw_text, open_model
 from billhook.steps.resolve import identity
+from billhook.steps.same_predictions import check_same_predictions
 from billhook.steps.slim_allocation import UnitAllocation
 from billhook.steps.slim_choice import choose_kinds, choose_plan, parameters_of, units_of
 from billhook.steps.slim_files import Smaller, SmallerFiles
 from billhook.steps.slim_job import SlimJob, SlimReport, SlimRequest, kept_parts, record
 from billhook.steps.slim_plan import check_plan, dropped_by, kinds_in, kinds_of
 from billhook.steps.state import partial_folder, unfinished_run
-from billhook.store.files import in_one_line, read_json, write_json
+from billhook.store.files import read_json, write_json
 from billhook.store.shards import result_bytes, weight_bytes, without_missing_entry, write_index
-
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of logits, relative to the largest
 
 
 @pinned
@@ -229,39 +225,8 @@ def _finish(job: SlimJob, files: SmallerFiles, source: Path) -> Callable[[Path],
         config = read_json(source / "config.json", "model configuration", own=False)
         write_json(folder / "config.json", without_missing_entry({**config, **job.config}, folder))
         dtype, device = job.opened.model.dtype, str(job.opened.model.device)
-        _check_predictions(job.opened, open_streamed(folder, job.opened.task.auto_class, dtype=dtype, device=device))
+        written = open_streamed(folder, job.opened.task.auto_class, dtype=dtype, device=device)
+        check_same_predictions(job.opened, written.model, job.smaller.blocks)
         return job.config
 
     return finish
-
-
-@torch.no_grad()
-def _check_predictions(opened: Opened, written: Stream) -> None:
-    """Raise JobError unless stock `transformers` computes from the files what the model in memory computes.
-
-    Without samples some tokens are tried, and models of images or sounds are not.
-    """
-    model, samples = opened.model, opened.samples
-    if samples is None and model.main_input_name != "input_ids":
-        return  # there are no images or sounds
-    if samples is None:
-        names = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
-        batch: Mapping[str, torch.Tensor] = dict.fromkeys(names, torch.arange(8)[None])
-    else:
-        batch = select_rows(samples.batch, slice(0, 1))
-
-    def computed(one: PreTrainedModel) -> torch.Tensor:
-        with same_random_numbers():
-            return predictions(one, one(**model_inputs(one, batch), **call_options(one))).float()
-
-    here = computed(model)
-    try:
-        off = float((here - computed(written.model)).abs().max() / here.abs().max().clamp_min(1e-9))
-    except Exception as error:  # whatever a model of that shape raises
-        found = in_one_line(error)
-    else:
-        if off <= _TOLERANCE.get(model.dtype, 1e-4):
-            return
-        found = f"predictions differ by {off:.2g} of the largest"
-    who = f"{model.config.model_type} models cannot have this shape"
-    raise JobError(f"The files do not compute what the model in memory computes ({found}): {who}. Nothing was written.")
