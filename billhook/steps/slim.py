@@ -90,7 +90,8 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
             "or name other kinds of units too. drop_by says how blocks are chosen."
         )
     choosing = given is None and bool({"blocks", AUTO} & set(kinds) or allocation.needs_text)
-    reads = {f"Removing units with {request.method}": bool(removal.observed or removal.gradient)}
+    used = kinds != ["experts"] and bool(removal.observed or removal.gradient)
+    reads = {f"Removing units with {request.method}": used}
     reads |= {"Removing experts": "experts" in kinds, "Choosing what goes": choosing}
     reader = next((who for who, reads_text in reads.items() if reads_text), "")
     check_text_given(request.opening(), bool(reader), reader)
