@@ -52,6 +52,7 @@ from billhook.store.layout import GRADIENTS
 from billhook.store.shards import result_bytes, weight_bytes, without_missing_entry, write_index
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of logits, relative to the largest
+_NEAR = 0.01  # of the parameters in blocks: a share that is so far from what was asked needs no note
 
 
 @pinned
@@ -149,13 +150,22 @@ def _checked_job(
         request, opened, units=units, plan=plan, removal=removal, smaller=smaller, config=changes, identity=run,
         parameters=parameters_of(opened), notes=notes,
     )  # fmt: skip
-    if job.padding:
-        share = job.padding / sum(job.parameters)
+    notes += _share_notes(job)
+    return job
+
+
+def _share_notes(job: SlimJob) -> list[str]:
+    """What to say where parameters are stored as zeros, or the share that goes is not the one asked for."""
+    total, remove, notes = sum(job.parameters), job.request.remove, list[str]()
+    padding, removed = job.padding / total, (job.removed + job.padding) / total
+    if remove is not None and abs(removed - remove) > _NEAR:
+        notes.append(f"{removed:.1%} of the parameters in blocks go instead of {remove:.1%}: units only go whole.")
+    if padding:
         notes.append(
-            f"{share:.1%} of the parameters in blocks are stored as zeros: all blocks have the widest's shape, "
+            f"{padding:.1%} of the parameters in blocks are stored as zeros: all blocks have the widest's shape, "
             "which every program opens."
         )
-    return job
+    return notes
 
 
 def run(

@@ -198,6 +198,13 @@ def kept(units: dict[str, int]) -> Plan:
     return Plan(Budget("parameters", 1), {}, units)
 
 
+@pytest.mark.parametrize(("remove", "said"), [(0.1, True), (0.33, False)])
+def test_a_share_that_whole_units_do_not_meet_is_said(tmp_path, source, remove, said):
+    blocks = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    job = prepare(SlimRequest(source, tmp_path / "out", remove, "blocks", calibration=IDS))
+    assert any(f"{1 / blocks:.1%} of the parameters in blocks go instead" in note for note in job.notes) == said
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
