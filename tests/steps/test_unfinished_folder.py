@@ -1,0 +1,31 @@
+"""What a run that ended early says."""
+
+import resource
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from billhook.errors import Interrupted, JobError
+from billhook.steps.unfinished_folder import ended_early
+
+pytestmark = pytest.mark.gate
+
+
+@pytest.fixture
+def small_files():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("kept", "kind"), [("", JobError), ("Block 1 is", Interrupted)])
+def test_weights_that_cannot_be_written_are_a_failure_of_the_disk(tmp_path, small_files, kept, kind):
+    with pytest.raises(SafetensorError) as error:
+        save_file({"weight": torch.zeros(1000)}, tmp_path / "weights.safetensors")
+    ended = ended_early(error.value, 4000, tmp_path / "out", kept)
+    assert isinstance(ended, kind)
+    assert f"Cannot write {tmp_path / 'out'}: " in str(ended)
+    assert "File too large" in str(ended)
