@@ -136,7 +136,7 @@ def parse_settings(pairs: list[str] | None) -> dict[str, str]:
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key or not value:
-            raise BillhookError(f"--set {pair}: write KEY=VALUE, for example --set epsilon=0.3.")
+            raise BillhookError(f"--set {pair}: write KEY=VALUE; billhook ls lists the options of every method.")
         if key in settings:
             raise BillhookError(f"--set {key} is given twice.")
         settings[key] = value

@@ -21,7 +21,7 @@ Examples:
   billhook compare model --plans a.json,b.json --errors --calibration c4.txt --data wiki.txt -o grid
   billhook compare --runs grid other-grid
 """
-MODELS_HELP = "Model directory, or a name on the hub; with --runs, finished runs."
+MODELS_HELP = "Model directory, GGUF file, or a name on the hub; with --runs, finished runs."
 OUTPUT_HELP = "Directory for compare.json, tables and pictures; an unfinished comparison is continued."
 
 

@@ -22,8 +22,8 @@ def output_option(meaning: str) -> Any:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
-Model = Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")]
-AnyModel = Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")]
+Model = Annotated[str, typer.Argument(help="Model directory, GGUF file, or a name on the hub.")]
+AnyModel = Annotated[str, typer.Argument(help="Model directory, dense or packed, GGUF file, or a name on the hub.")]
 
 
 def fraction(given: str | float) -> float:
@@ -94,7 +94,7 @@ SpillGib = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE"),
+    typer.Option("--set", help="An option of the method: billhook ls lists them. Repeatable.", metavar="KEY=VALUE"),
 ]
 BitsRecipe = Annotated[
     Literal["good", "best"],
@@ -196,7 +196,7 @@ class Writing:
 
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")
+        bool, typer.Option("--resume", help="Continue an unfinished run after the last part that it finished.")
     ] = False
 
 

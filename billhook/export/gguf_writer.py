@@ -20,7 +20,7 @@ from billhook.store.output import check_room
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_ALIGNMENT = 32
+ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def whole_size(writer: "GGUFWriter", entries: Iterable[Entry]) -> int:
         for path, count in zip(_write_header(writer, Path(folder) / "header.gguf"), counts, strict=True):
             size = path.stat().st_size
             for entry in islice(rest, count):
-                size += -size % _ALIGNMENT + entry.bytes
-            total += size + -size % _ALIGNMENT
+                size += -size % ALIGNMENT + entry.bytes
+            total += size + -size % ALIGNMENT
     return total
 
 
@@ -145,13 +145,13 @@ def _append(path: Path, entries: Iterable[Entry], progress: Callable[[str], None
     """Add the bytes of tensors to a file that has its header."""
     with open(path, "ab") as file:
         for entry in entries:
-            file.write(bytes(-file.tell() % _ALIGNMENT))
+            file.write(bytes(-file.tell() % ALIGNMENT))
             start = file.tell()
             for part in entry.parts():
                 file.write(np.ascontiguousarray(part).data)
             assert file.tell() == start + entry.bytes, entry.name
             progress(entry.name)
-        file.write(bytes(-file.tell() % _ALIGNMENT))
+        file.write(bytes(-file.tell() % ALIGNMENT))
 
 
 def _file_type(entries: Iterable[Entry]) -> int:

@@ -114,7 +114,7 @@ def _too_much(kinds: str, wanted: float, most: int, least: int = 1) -> BillhookE
     what = "nothing of them:" if least == 1 else f"too few: every token goes to {least} experts;"
     return BillhookError(
         f"Removing {wanted:,.0f} parameters from {kinds} would leave {what} at most {most:,} can go. "
-        "Remove less, or name more kinds with --units."
+        "Remove less, or from more kinds of units."
     )
 
 

@@ -20,7 +20,8 @@ from billhook.measurement.measure import measure
 from billhook.methods.quantize import QUANTIZERS
 from billhook.plan.allocators import AUTO
 from billhook.plan.level_allocators import ERRORS, LEVEL_ALLOCATORS, WEIGHTS, allocate_levels
-from billhook.plan.levels import Levels
+from billhook.plan.levels import Levels, types_of
+from billhook.plan.plan import Plan
 from billhook.racing.allocators import MODEL_ALLOCATORS
 from billhook.racing.levels import Chosen, choose_types, columns, needs, outlook
 from billhook.registry import Registry, hint
@@ -39,6 +40,7 @@ from billhook.trials.heldout import split_samples
 
 LIKE = "like:"
 NOTES = "notes"  # in `made_by` of a plan
+_SPENT = 0.995  # of the size asked for: files below are explained
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def choose(
     levels = replace(levels, table=table)
     if not allocation.on_trial:
         plan = allocate_levels(levels, allocation.name, **allocation.options)
-        return _noted(Chosen(plan, outlook(levels, sizes.fixed) if levels.errors else {}), notes)
+        chosen = Chosen(plan, outlook(levels, sizes.fixed) if levels.errors else {})
+        return _noted(chosen, [*notes, *_unspent(levels, chosen.plan, sizes.fixed)])
     assert opened.source is not None
     assert opened.samples is not None
     model = load(
@@ -167,7 +170,20 @@ def choose(
         model, layers, split, levels, quick, allocator=allocation.name, options=allocation.options,
         fixed=sizes.fixed, progress=progress,
     )  # fmt: skip
-    return _noted(chosen, notes)
+    return _noted(chosen, [*notes, *_unspent(levels, chosen.plan, sizes.fixed)])
+
+
+def _unspent(levels: Levels, plan: Plan, fixed: int) -> list[str]:
+    """Why the file is more than half a percent below the budget, beside which it takes `fixed` bytes; nothing where it
+    is not."""
+    size, budget = levels.total(types_of(plan)), levels.budget
+    if fixed + size >= _SPENT * (fixed + budget):
+        return []
+    most = sum(max(levels.bytes(group, t) for t in levels.menu(group)) for group in levels.groups)
+    if size == most:
+        return ["The file is smaller than asked, because every tensor has the largest type that it may have."]
+    finer = "no larger types were measured to lose less" if levels.errors else "the next larger types do not fit"
+    return [f"The file is smaller than asked, because {finer}."]
 
 
 def _noted(chosen: Chosen, notes: list[str]) -> Chosen:

@@ -37,7 +37,7 @@ def choose_blocks(
     """
     names = list(blocks_of(opened.model))
     if not 0 < number < len(names):
-        raise BillhookError(f"{number} of {len(names)} blocks cannot go: at least one goes and one stays.")
+        raise BillhookError(f"{number} of {len(names)} blocks cannot go: at least one goes and one stays. Remove less.")
     if by == "angular":
         turned = _turned(opened)
         return sorted(sorted(range(len(names)), key=turned.__getitem__)[:number])

@@ -32,7 +32,9 @@ def earlier_levels(directory: Path, digest: str | None, menus: Menus, outside: M
     """
     step, plan = step_with_levels(directory)
     if step.model.get("digest") != digest:
-        raise BillhookError(f"The levels of {directory} are those of another model: {step.model.get('name')}.")
+        raise BillhookError(
+            f"The levels of {directory} are those of another model: {step.model.get('name')}. Leave them out."
+        )
     levels = measured_levels(plan)
     errors, left_out = {}, set()
     for name, menu in {**menus, **outside}.items():

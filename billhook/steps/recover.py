@@ -85,7 +85,7 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     opened = _opened(request, source)
     found, zeros = _teacher_of(request, opened, source, options), zeros_of(opened.layers)
     path, taught_by = (None, None) if found is None else found
-    _check_something_to_do(opened, taught_by, zeros=any(zeros.values()))
+    _check_something_to_do(request, opened, taught_by, zeros=any(zeros.values()))
     streamed = path is not None and not request.fsdp and not teacher_fits(path, opened)
     teacher = None if path is None else open_teacher(path, opened, request.opening(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
@@ -139,15 +139,15 @@ def _output(request: RecoverRequest) -> Path:
     return Path(request.output).expanduser().resolve()
 
 
-def _check_something_to_do(opened: Opened, teacher: str | None, *, zeros: bool) -> None:
+def _check_something_to_do(request: RecoverRequest, opened: Opened, teacher: str | None, *, zeros: bool) -> None:
     """Raise BillhookError for a model without zeros and without a dense model, whose digest is `teacher`."""
     if teacher is None and not zeros:
         raise BillhookError(
-            f"{opened.source} is dense and has no history: there are no zeros to keep and no model to learn from. "
+            f"{request.model} is dense and has no history: there are no zeros to keep and no model to learn from. "
             "Prune it first, or name the model that it was made from with --teacher DIRECTORY."
         )
     if teacher is not None and teacher == opened.facts["digest"]:
-        raise BillhookError(f"{opened.source} is its own dense model, which cannot teach it anything: prune it first.")
+        raise BillhookError(f"{request.model} is its own dense model, which cannot teach it anything: prune it first.")
 
 
 def _reference(opened: Opened, teacher: PreTrainedModel) -> Reference:

@@ -114,7 +114,7 @@ def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> Bl
     teacher = find_teacher(found, source.given, request.teacher)
     if teacher is None:
         raise BillhookError(
-            f"{source.given} has no history that leads to a dense model: name it with --teacher DIRECTORY."
+            f"{request.model} has no history that leads to a dense model: name it with --teacher DIRECTORY."
         )
     path = teacher.path
     opening = replace(request.opening(), model=path)

@@ -176,14 +176,14 @@ def make_problem(
     needs, model, task = OBJECTIVES.needs(name, options), opened.model, opened.task
     if "teacher" in needs and teacher is None:
         raise BillhookError(
-            f"{opened.source} has no history that leads to a dense model, and the objective {name} needs one: name it "
+            f"{request.model} has no history that leads to a dense model, and the objective {name} needs one: name it "
             "with --teacher DIRECTORY, or use --objective text."
         )
     count = len(blocks_of(model))
     matched = None if teacher is None else matched_blocks(opened.history, count, len(blocks_of(teacher)))
     if "hidden" in needs and matched is None:
         raise BillhookError(
-            f"The blocks of {opened.source} cannot be matched with those of its dense model: use --objective kl."
+            f"The blocks of {request.model} cannot be matched with those of its dense model: use --objective kl."
         )
     written = "written" in needs
     if written and task.name != "text-generation":

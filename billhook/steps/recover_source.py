@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from billhook.architectures.sources import resolve
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, JobError
 from billhook.export import compressed_tensors
-from billhook.export.dense import packed_grids
+from billhook.export.dense import dense_bytes, packed_grids
 from billhook.methods.quantize.scalar import Scalar
 from billhook.recovery.kept_adam import Kept, Scaled, Trained
 from billhook.reports.publishing import publish
@@ -27,6 +28,7 @@ from billhook.store.checkpoint import check_directory
 from billhook.store.fitting import Stored
 from billhook.store.layout import is_packed
 from billhook.store.locate import to_disk
+from billhook.store.output import failure
 from billhook.store.record import Record
 from billhook.store.shards import copy_index, read_shard, weight_files, weights_index
 from billhook.store.sinks import choose_sink
@@ -59,7 +61,11 @@ class Source:
         if not grids:
             return cls(path, unpack(path, dense), {}, place)
         dense.mkdir()
-        write_decoded(path, dense, config, grids, torch.float32, lambda tensor: None)
+        try:
+            write_decoded(path, dense, config, grids, torch.float32, lambda tensor: None)
+        except (OSError, SafetensorError) as error:
+            place.cleanup()
+            raise JobError(f"{failure(error, output, 2 * dense_bytes(path, grids))} Nothing was left behind.") from None
         return cls(path, dense, grids, place)
 
     @property

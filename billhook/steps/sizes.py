@@ -1,7 +1,8 @@
 """The size that a compressed file may have, what it must hold in any case, and the types that fit."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from billhook.architectures.context_memory import ContextMemory, context_memory
 from billhook.errors import BillhookError, ignoring
 from billhook.export.compressed_tensors import names
 from billhook.export.gguf import GgufForm
+from billhook.export.gguf_writer import ALIGNMENT
 from billhook.methods.quantize.code_books import CodeBook
 from billhook.methods.quantize.ggml import GGML
 from billhook.plan.bytes import parse_size
@@ -81,7 +83,7 @@ class Size:
         if taken.total >= memory:
             raise BillhookError(
                 f"{memory:,} bytes are not enough: {taken}, {taken.total:,} in all, and nothing is left for the file. "
-                "Give a shorter --context."
+                + ("Give a shorter --context." if context_memory(config, 1).total < memory else "Give more memory.")
             )
         return memory - taken.total, taken
 
@@ -141,8 +143,10 @@ class Sizes:
         around = sum(stored_bytes(t, outside[name]) for name, t in least_outside.items())
         if target == "gguf":
             on_disk = part_types(parts, least) | least_outside
-            padding = 32 * len(on_disk)  # the length of every tensor is rounded up to the alignment
-            fixed = file_bytes(opened, on_disk, "gptq", form) - layers - around + padding
+            fixed = file_bytes(opened, on_disk, "gptq", form) - layers - around
+            rows = {name: [part.last - part.first for part in several] for name, several in parts.items()}
+            fixed += _padding((menus[n], r, shapes[n][1]) for n, several in rows.items() for r in several)
+            fixed += _padding((menu, *outside[name]) for name, menu in outside_menus.items())
         else:
             tensors = {part.tensor for several in parts.values() for part in several}
             kept = entries.keys() - tensors
@@ -224,6 +228,16 @@ def outside_menu(name: str, columns: int, types: Sequence[str]) -> list[str]:
     if not fits:
         raise _no_type(columns, types, [name])
     return quick or fits
+
+
+def _padding(matrices: Iterable[tuple[Sequence[str], int, int]]) -> int:
+    """The most bytes by which the lengths of the tensors of a GGUF file are rounded up to its alignment, for matrices
+    with these menus, rows and columns; those that become one tensor are padded by no more."""
+    counts = Counter((tuple(menu), rows, columns) for menu, rows, columns in matrices)
+    return sum(
+        count * max(-stored_bytes(t, (rows, columns)) % ALIGNMENT for t in menu)
+        for (menu, rows, columns), count in counts.items()
+    )
 
 
 def _header_bytes(tensors: Sequence[str]) -> int:

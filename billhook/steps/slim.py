@@ -47,6 +47,8 @@ from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.files import read_json, write_json
 from billhook.store.shards import result_bytes, weight_bytes, without_missing_entry, write_index
 
+_NEAR = 0.01  # of the parameters in blocks: a share that is so far from what was asked needs no note
+
 
 @pinned
 def slim(
@@ -84,7 +86,8 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
             "or name other kinds of units too. drop_by says how blocks are chosen."
         )
     choosing = given is None and bool({"blocks", AUTO} & set(kinds) or allocation.needs_text)
-    reads = {f"Removing units with {request.method}": bool(removal.observed or removal.gradient)}
+    used = kinds != ["experts"] and bool(removal.observed or removal.gradient)
+    reads = {f"Removing units with {request.method}": used}
     reads |= {"Removing experts": "experts" in kinds, "Choosing what goes": choosing}
     reader = next((who for who, reads_text in reads.items() if reads_text), "")
     check_text_given(request.opening(), bool(reader), reader)
@@ -142,13 +145,22 @@ def _checked_job(
         request, opened, units=units, plan=plan, removal=removal, smaller=smaller, config=changes, identity=run,
         parameters=parameters_of(opened), notes=notes,
     )  # fmt: skip
-    if job.padding:
-        share = job.padding / sum(job.parameters)
+    notes += _share_notes(job)
+    return job
+
+
+def _share_notes(job: SlimJob) -> list[str]:
+    """What to say where parameters are stored as zeros, or the share that goes is not the one asked for."""
+    total, remove, notes = sum(job.parameters), job.request.remove, list[str]()
+    padding, removed = job.padding / total, (job.removed + job.padding) / total
+    if remove is not None and abs(removed - remove) > _NEAR:
+        notes.append(f"{removed:.1%} of the parameters in blocks go instead of {remove:.1%}: units only go whole.")
+    if padding:
         notes.append(
-            f"{share:.1%} of the parameters in blocks are stored as zeros: all blocks have the widest's shape, "
+            f"{padding:.1%} of the parameters in blocks are stored as zeros: all blocks have the widest's shape, "
             "which every program opens."
         )
-    return job
+    return notes
 
 
 def run(

@@ -77,6 +77,16 @@ class UnitAllocation:
 
 def _check_used(request: SlimRequest, allocator: str, kinds: Sequence[str], given: Collection[str]) -> None:
     """Raise BillhookError for an option that nothing would read; `given` are those of the allocator."""
+    chosen = {"experts": (request.experts, "obs", "experts"), "drop_by": (request.drop_by, "kl", "blocks")}
+    for key, (value, default, kind) in chosen.items():
+        if value != default and kind not in kinds and list(kinds) != [AUTO]:
+            raise BillhookError(f"No {kind} go here, so nothing reads {key}={value!r}: leave it out.")
+    inside = [kind for kind in kinds if kind not in ("blocks", AUTO)]  # of a block
+    if request.shape == "uniform" and len(inside) == 1 and request.allocator not in ("", "uniform"):
+        raise BillhookError(
+            f"In a uniform shape the allocator decides only between kinds of units, and only {inside[0]} go here: "
+            "leave out the allocator or the shape."
+        )
     if allocator == "curves" and "criterion" in given:
         raise BillhookError("The curves of slim are those of its method: leave out criterion, or choose --method.")
     unused = [key for key in request.options if key not in given]

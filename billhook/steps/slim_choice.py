@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from billhook.architectures.config import text_config
 from billhook.architectures.slim_config import check_blocks, check_per_layer
@@ -19,7 +18,7 @@ from billhook.steps.block_choice import choose_blocks
 from billhook.steps.request import Opened, in_memory
 from billhook.steps.slim_allocation import UnitAllocation, allocate_units, sizes_of
 from billhook.steps.slim_contest import best_plan
-from billhook.steps.slim_job import SlimRequest
+from billhook.steps.slim_job import SlimJob, SlimRequest
 from billhook.steps.slim_plan import block_unit, blocks_to_drop, dropped_by
 
 _UNIFORM = UnitAllocation("uniform", {}, "uniform")
@@ -27,24 +26,25 @@ _UNIFORM = UnitAllocation("uniform", {}, "uniform")
 
 def choose_kinds(
     request: SlimRequest, opened: Opened, removal: Removal, allocation: UnitAllocation,
-    checked: Callable[[Plan], Any], progress: Progress,
+    checked: Callable[[Plan], SlimJob], progress: Progress,
 ) -> Plan:  # fmt: skip
     """The best of several choices of kinds, each of which is tried on text in a uniform shape, then allocated.
 
     `checked` raises BillhookError for a plan that cannot be written.
     """
+    assert request.remove is not None
     if removal.gradient:
         raise BillhookError(f"--units auto does not compute gradients for {removal.method}: name kinds of units.")
     whole = in_memory(opened, request.opening())
 
-    def planned(kinds: Sequence[str]) -> Plan:
+    def planned(kinds: Sequence[str]) -> tuple[Plan, float]:
         if allocation.shape == "per-layer":
             check_per_layer(whole.model, units_of(whole, kinds))
         plan = choose_plan(request, whole, kinds, removal, _UNIFORM, progress)
-        checked(plan)
-        return plan
+        job = checked(plan)
+        return plan, job.removed / sum(job.parameters)
 
-    best = best_plan(whole, removal, request.experts, planned, progress)
+    best = best_plan(whole, removal, request.experts, request.remove, planned, progress)
     kinds = best.made_by["options"]["kinds"].split(",")
     units = [unit for unit in units_of(whole, kinds) if unit.name in best.units]
     gone = list(dropped_by(best, list(blocks_of(whole.model))).values())

@@ -3,7 +3,8 @@
 The candidates are the kinds that a model has: channels, channels with heads, blocks, blocks with channels, and for
 mixtures experts, and experts with channels and heads. Each is carried out on the whole model in memory with three
 quarters of the calibration samples, and scored on the others by the KL divergence from the dense model. The weights are
-restored afterwards.
+restored afterwards. Candidates that remove less than asked, because their units are large, are not scored where another
+comes nearer: they would win by what they leave.
 
 Cost: for each candidate as much as the run itself, and for those with blocks the choice of blocks.
 """
@@ -36,19 +37,23 @@ CANDIDATES = (
     ("experts", "channels", "heads"),
 )
 WINDOWS = 16  # on which candidates are compared, at most
+_ALIKE = 0.01  # of the parameters in blocks: candidates that remove so much less are still compared
 
 
 def best_plan(
     opened: Opened,
     removal: Removal,
     experts: str,
-    planned: Callable[[Sequence[str]], Plan],
+    remove: float,
+    planned: Callable[[Sequence[str]], tuple[Plan, float]],
     progress: Callable[[str], None] = lambda candidate: None,
 ) -> Plan:
     """The plan with the least divergence among those that `planned` makes for candidates, a model in memory given.
 
-    `planned` raises BillhookError for a candidate that the model cannot have. The plan's `made_by` names the candidates
-    with their divergences. Raises BillhookError where there are too few samples, or every candidate is impossible.
+    The fraction `remove` was asked for. `planned` returns a plan and the fraction that it removes, and raises
+    BillhookError for a candidate that the model cannot have. The plan's `made_by` names the candidates that were
+    scored, with their divergences. Raises BillhookError where there are too few samples, or every candidate is
+    impossible.
     """
     samples, model = opened.samples, opened.model
     assert samples is not None
@@ -60,25 +65,35 @@ def best_plan(
         model, select_rows(samples.batch, slice(rows - scored, rows)), opened.task, samples.source, held_out=False
     )
     batches = split_rows(select_rows(samples.batch, slice(0, rows - scored)), rows_of(opened.batches[0]))
-    tried, plans, problems = dict[str, float](), dict[str, Plan](), list[str]()
-    for kinds in CANDIDATES:
-        name = ",".join(kinds)
-        try:
-            plan = planned(kinds)
-        except BillhookError as problem:
-            problems.append(f"{name}: {problem}")
-            continue
+    tried, plans = dict[str, float](), _plans(planned, remove)
+    for name, plan in plans.items():
         units = [u for u in find_units(model, [k for k in kinds_in(plan) if k != "blocks"]) if u.name in plan.units]
         with carried_out(replace(opened, batches=batches), units, plan, removal, experts):
             kl = reference.compare(model).kl
-        tried[name], plans[name] = float("inf") if kl is None else kl, plan
+        tried[name] = float("inf") if kl is None else kl
         progress(name)
-    if not tried:
-        raise BillhookError(f"No kind of units can give that much. {problems[0]}")
     best = min(tried, key=tried.__getitem__)
     about = {"kinds": best, "tried": {name: kl for name, kl in tried.items() if kl < float("inf")}}
     options = {**plans[best].made_by["options"], **about}
     return replace(plans[best], made_by={**plans[best].made_by, "allocator": AUTO, "options": options})
+
+
+def _plans(planned: Callable[[Sequence[str]], tuple[Plan, float]], remove: float) -> dict[str, Plan]:
+    """The plans that are compared, by candidate: all but those that remove too much less than the fraction asked for.
+
+    Raises BillhookError where every candidate is impossible.
+    """
+    found, problems = dict[str, tuple[Plan, float]](), list[str]()
+    for kinds in CANDIDATES:
+        name = ",".join(kinds)
+        try:
+            found[name] = planned(kinds)
+        except BillhookError as problem:
+            problems.append(f"{name}: {problem}")
+    if not found:
+        raise BillhookError(f"No kind of units can give that much. {problems[0]}")
+    short = min(abs(remove - removed) for _, removed in found.values()) + _ALIKE
+    return {name: plan for name, (plan, removed) in found.items() if remove - removed <= short}
 
 
 @contextmanager

@@ -19,6 +19,8 @@ def kinds_of(given: str | Sequence[str]) -> list[str]:
     kinds = [x.strip() for x in given.split(",")] if isinstance(given, str) else list(given)
     if kinds == ["auto"]:
         return kinds
+    if "auto" in kinds:
+        raise BillhookError("The kind of units 'auto' stands alone: it tries all kinds. Leave out it or the others.")
     for kind in kinds:
         if kind not in KINDS:
             raise BillhookError(

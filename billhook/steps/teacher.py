@@ -65,10 +65,10 @@ def open_teacher(path: Path, opened: Opened, request: Request, *, streamed: bool
         teacher = load(path, kind, dtype=dtype, device=device, trust_remote_code=trust)
     ours, theirs = (hidden_width(m) if is_headless(m) else classes_of(m) for m in (model, teacher))
     if ours != theirs:
-        raise BillhookError(f"{path} cannot teach {opened.source}: it predicts {theirs} classes, not {ours}.")
+        raise BillhookError(f"{path} cannot teach {request.model}: it predicts {theirs} classes, not {ours}.")
     if opened.source is not None and _vocabulary(opened.source) != _vocabulary(path):
         raise BillhookError(
-            f"{path} cannot teach {opened.source}: its tokenizer differs. Give both directories the same tokenizer."
+            f"{path} cannot teach {request.model}: its tokenizer differs. Give both directories the same tokenizer."
         )
     return teacher.requires_grad_(False)
 

@@ -92,7 +92,7 @@ def unfinished_folder(output: Path, written: Collection[str], needed: int) -> It
 def ended_early(error: BaseException, needed: int, output: Path, kept: str) -> BaseException:
     """The error for a run that ended early. It says how to resume it where something is finished (`kept` says what),
     or how many bytes are `needed`."""
-    if not kept and not isinstance(error, OSError):
+    if not kept and not isinstance(error, OSError | SafetensorError):
         return error
     what = "Stopped"
     if isinstance(error, OSError | SafetensorError):

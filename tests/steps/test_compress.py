@@ -71,9 +71,20 @@ def test_the_number_of_steps_of_a_choice_is_known_before_it_begins(tmp_path, sou
 
 
 def test_a_budget_above_all_types_is_spent_on_the_largest(tmp_path, source):
-    output = compress(source, tmp_path / "out", ratio=1.5, **FIELDS).quantized.output
-    layers = json.loads((output / "billhook.json").read_text())["layers"].values()
+    quantized = compress(source, tmp_path / "out", ratio=1.5, **FIELDS).quantized
+    layers = json.loads((quantized.output / "billhook.json").read_text())["layers"].values()
     assert {facts["type"] for facts in layers} == {"q8_0"}
+    assert any("smaller than asked, because every tensor has the largest type" in note for note in quantized.warnings)
+
+
+def test_the_file_of_a_mixture_takes_all_of_the_least_size(tmp_path):
+    model = gguf_families.save(tmp_path / "model", "qwen3_moe", dtype=torch.bfloat16, num_hidden_layers=1)
+    fields = {"types": ["q4_0"], "calibration": IDS, "sweeps": 0}
+    with pytest.raises(BillhookError, match="cannot be met") as error:
+        compress(model, tmp_path / "out", size=1000, **fields)
+    least = int(str(error.value).partition(" is ")[2].partition(" bytes")[0].replace(",", ""))
+    report = compress(model, tmp_path / "out", size=least, **fields)
+    assert least - 32 <= report.quantized.size <= least
 
 
 def test_what_embeddings_take_of_the_budget_leaves_the_small_types_of_layers_to_choose_from():

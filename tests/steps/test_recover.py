@@ -2,10 +2,12 @@
 mistakes have one message each."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import bert
+import gguf_families
 import pytest
 import tiny
 import torch
@@ -17,6 +19,7 @@ from transformers import BertModel
 from billhook import pack, prune, quantize, recover, verify
 from billhook.architectures.layers import find_layers
 from billhook.errors import BillhookError, DiskFull, Interrupted, JobError
+from billhook.export.gguf import write_gguf
 from billhook.recovery import training
 from billhook.steps.recover import RecoverRequest, prepare, run
 from billhook.steps.recover_blocks import prepare_blocks, run_blocks
@@ -319,6 +322,13 @@ def test_a_mistake_is_one_message_and_nothing_is_written(place, tmp_path, wrong,
     with pytest.raises(BillhookError, match=message):
         recover(output=tmp_path / "out", **fields)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gguf_is_named_as_it_was_given_and_not_as_the_directory_that_was_made_of_it(place, tmp_path):
+    file = tmp_path / "file.gguf"
+    write_gguf(gguf_families.save(tmp_path / "model", "llama", num_hidden_layers=1), file, rest="q8_0")
+    with pytest.raises(BillhookError, match=f"^{re.escape(str(file))} .*has no history"):
+        recover(file, tmp_path / "out", calibration=str(place / "text.txt"), **FEW)
 
 
 def test_another_tokenizer_and_a_teacher_that_moved_are_refused_or_asked_for(place, tmp_path):

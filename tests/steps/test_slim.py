@@ -218,6 +218,13 @@ def kept(units: dict[str, int]) -> Plan:
     return Plan(Budget("parameters", 1), {}, units)
 
 
+@pytest.mark.parametrize(("remove", "said"), [(0.1, True), (0.33, False)])
+def test_a_share_that_whole_units_do_not_meet_is_said(tmp_path, source, remove, said):
+    blocks = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    job = prepare(SlimRequest(source, tmp_path / "out", remove, "blocks", calibration=IDS))
+    assert any(f"{1 / blocks:.1%} of the parameters in blocks go instead" in note for note in job.notes) == said
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -227,6 +234,10 @@ def kept(units: dict[str, int]) -> Plan:
         ({"remove": 0.001}, "takes nothing away"),
         ({"units": "channel"}, "Unknown kind of units 'channel'. Did you mean 'channels'"),
         ({"units": "heads,heads"}, "each of them once"),
+        ({"units": "heads,auto"}, "'auto' stands alone"),
+        ({"units": "heads", "experts": "reap"}, "No experts go here, so nothing reads experts='reap'"),
+        ({"units": "heads", "drop_by": "angular"}, "No blocks go here, so nothing reads drop_by='angular'"),
+        ({"units": "heads", "allocator": "owl", "shape": "uniform"}, "only between kinds of units, and only heads go"),
         ({"method": "osb"}, "Unknown structured method 'osb'. Did you mean 'obs'"),
         ({"damping": -1}, "obs: damping=-1.0 must be positive"),
         ({"units": "experts", "damping": 0.5}, "channels and heads, and only experts go here: leave out damping"),

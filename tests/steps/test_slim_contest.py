@@ -9,11 +9,12 @@ from billhook.architectures.stacks import blocks_of
 from billhook.engine.removal import Removal
 from billhook.errors import BillhookError
 from billhook.methods.structured import STRUCTURED
+from billhook.plan.plan import Budget, Plan
 from billhook.steps.request import Request, in_memory, open_request
 from billhook.steps.slim import SlimRequest, prepare, slim
 from billhook.steps.slim_allocation import UnitAllocation
 from billhook.steps.slim_choice import choose_plan
-from billhook.steps.slim_contest import best_plan
+from billhook.steps.slim_contest import _plans, best_plan
 
 pytestmark = pytest.mark.gate
 IDS = torch.randint(2, 96, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -30,9 +31,9 @@ def test_the_winner_has_the_least_divergence_and_the_model_is_as_before(tmp_path
     uniform = UnitAllocation("uniform", {}, "uniform")
 
     def planned(kinds):
-        return choose_plan(request, opened, kinds, removal, uniform, lambda unit: None)
+        return choose_plan(request, opened, kinds, removal, uniform, lambda unit: None), 0.25
 
-    plan = best_plan(opened, removal, "reap", planned)
+    plan = best_plan(opened, removal, "reap", 0.25, planned)
     tried = plan.made_by["options"]["tried"]
     assert len(tried) >= 4
     assert plan.made_by["options"]["kinds"] == min(tried, key=tried.__getitem__)
@@ -61,3 +62,21 @@ def test_too_few_samples_are_refused(tmp_path):
     families.build("llama").save_pretrained(tmp_path / "model")
     with pytest.raises(BillhookError, match="give at least 4 samples, not 3"):
         slim(tmp_path / "model", 0.25, tmp_path / "out", calibration=IDS[:3])
+
+
+@pytest.mark.parametrize(
+    ("removed", "scored"),
+    [
+        ({"channels": 0.255, "blocks": 0.2, "channels,blocks": 0.25}, {"channels", "channels,blocks"}),
+        ({"channels": 0.245, "blocks": 0.4}, {"channels", "blocks"}),
+        ({"channels": 0.2, "blocks": 0.4, "channels,heads": 0.17}, {"channels", "blocks"}),
+        ({"blocks": 0.5}, {"blocks"}),
+    ],
+)
+def test_no_kind_wins_by_removing_less_than_asked(removed, scored):
+    def planned(kinds):
+        if ",".join(kinds) not in removed:
+            raise BillhookError("there are none")
+        return Plan(Budget("parameters", 1), {}), removed[",".join(kinds)]
+
+    assert set(_plans(planned, 0.25)) == scored
