@@ -18,6 +18,8 @@ _CLASSES = {  # of transformers: the model's and its reader's, by task
     "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor"),
     "feature-extraction": ("AutoModel", "AutoTokenizer"),
     "image-feature-extraction": ("AutoModel", "AutoImageProcessor"),
+    "text2text-generation": ("AutoModelForSeq2SeqLM", "AutoTokenizer"),
+    "automatic-speech-recognition": ("AutoModelForSpeechSeq2Seq", "AutoProcessor"),
 }
 
 
