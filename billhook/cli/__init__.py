@@ -59,7 +59,7 @@ REMOVED = {  # removed commands and options, and what to use instead
 
 app = typer.Typer(
     name="billhook",
-    help="Prune and quantize large language models, layer by layer, with as little loss as possible.",
+    help="Make trained models smaller: prune, quantize, slim and recover them, with as little loss as possible.",
     epilog="First run: billhook demo.  Your own model: "
     "billhook prune MODEL --sparsity 0.5 --calibration text.txt --output pruned",
     invoke_without_command=True,

@@ -15,11 +15,11 @@ Examples:
   billhook verify ./pruned --source ./model
   billhook verify ./pruned --json
 """
-SOURCE_HELP = "The model that was pruned: weights that no step updated must have its bytes."
+SOURCE_HELP = "The model from which a step started: weights that no step updated must have its bytes."
 
 
 def command(
-    directory: Annotated[Path, typer.Argument(help="A directory that billhook prune wrote.")],
+    directory: Annotated[Path, typer.Argument(help="A directory that billhook wrote.")],
     *,
     source: Annotated[Path | None, typer.Option(help=SOURCE_HELP, metavar="MODEL")] = None,
     as_json: Json = False,
