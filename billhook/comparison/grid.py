@@ -15,6 +15,7 @@ from typing import Any, Unpack
 
 from transformers import PreTrainedModel
 
+from billhook import __version__
 from billhook.ambient import pinned
 from billhook.comparison.axes import Grid
 from billhook.comparison.record import SCORES, TITLES, Cell, Comparison, measure_of, method, shown
@@ -34,7 +35,7 @@ from billhook.racing.automatic import choose
 from billhook.racing.race import Problem
 from billhook.recovery.blockwise import Refine
 from billhook.steps.apply import prune_with
-from billhook.steps.evaluate import versions
+from billhook.steps.facts import versions
 from billhook.steps.gradients import check_temporary_room, make_gradients
 from billhook.steps.keywords import CompareFields
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
@@ -120,7 +121,7 @@ def _identity(grid: Grid, request: Request, opened: Opened, read: Scored) -> dic
         "stacks": listed(request.stacks),
         "group": request.group,
         "dtype": dtype_name(opened.model.dtype),
-        "versions": versions(),
+        "versions": {"billhook": __version__, **versions()},
     }
 
 

@@ -18,8 +18,9 @@ from billhook.methods.quantize.grids import grid_of
 from billhook.methods.statistics import LayerStats
 from billhook.plan.bytes import parse_size
 from billhook.plan.plan import Plan
+from billhook.steps.facts import versions
 from billhook.steps.parts import Parts, part_types, where
-from billhook.steps.record import left_alone, refilled_notes, versions, without_folders
+from billhook.steps.record import left_alone, refilled_notes, without_folders
 from billhook.steps.request import UNCHECKED, Opened, Request, calibration_facts, listed
 from billhook.steps.types import is_ggml, plan_types
 from billhook.store.arguments import check_fields

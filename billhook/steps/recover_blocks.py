@@ -27,10 +27,9 @@ from billhook.methods.encoded import count_zeros
 from billhook.recovery.block_data import STEP
 from billhook.recovery.blockwise import BlockTuner, Refine
 from billhook.steps.batch_size import batch_size
-from billhook.steps.facts import computed_in
+from billhook.steps.facts import computed_in, model_facts, versions
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
-from billhook.steps.record import versions
 from billhook.steps.recover_job import TOKENS, RecoverRequest, teacher_facts, trained_layers_of
 from billhook.steps.recover_problem import draw_windows, trained_layers
 from billhook.steps.recover_source import Source, card
@@ -41,7 +40,6 @@ from billhook.steps.request import (
     check_text_given,
     in_memory,
     listed,
-    model_facts,
     open_model,
 )
 from billhook.steps.resolve import identity

@@ -15,9 +15,9 @@ from billhook.evaluation.quality import Loss, Reference
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.recipes import recipe
 from billhook.recovery.training import Problem, State
-from billhook.steps.facts import computed_in
+from billhook.steps.facts import computed_in, versions
 from billhook.steps.quantize_job import Inputs
-from billhook.steps.record import left_alone, place, versions
+from billhook.steps.record import left_alone, place
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name
