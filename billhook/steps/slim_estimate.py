@@ -8,7 +8,7 @@ import time
 from billhook.architectures.stacks import blocks_of, first_blocks, has_one_stack
 from billhook.engine.batch import select_rows
 from billhook.engine.removal import remove_parts_
-from billhook.engine.routing import mixture_of
+from billhook.engine.routing import unrestrict_
 from billhook.engine.walk import walk
 from billhook.steps.slim_job import SlimJob
 from billhook.store.shards import weight_bytes
@@ -57,7 +57,5 @@ def _removing(job: SlimJob, first: int) -> float:
                 experts=job.request.experts, resources=opened.resources, start=first,
             )  # fmt: skip
     finally:
-        for unit in units:
-            if unit.kind == "experts":
-                mixture_of(opened.model, unit)[0].__dict__.pop("forward", None)
+        unrestrict_(opened.model, units)
     return time.perf_counter() - begun

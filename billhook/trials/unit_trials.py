@@ -13,7 +13,7 @@ from billhook.engine.batch import Batch, rows_of
 from billhook.engine.experts import down_projections
 from billhook.engine.loop import LayerResult
 from billhook.engine.removal import Dropped, Removal, changed_layers, dropping, remove_parts_
-from billhook.engine.routing import mixture_of
+from billhook.engine.routing import mixture_of, unrestrict_
 from billhook.plan.plan import Plan
 from billhook.trials.attribution import FLOOR
 from billhook.trials.trials import Runner
@@ -46,17 +46,13 @@ class UnitRunner(Runner):
     def __enter__(self) -> Self:
         super().__enter__()
         self._dropped = self._stack.enter_context(dropping(self.model, self.gone))
-        self._stack.callback(self._open_routers)
+        self._stack.callback(unrestrict_, self.model, self.units)
         return self
 
     def restore_(self) -> None:
         """Put the dense weights back, and let routers know all experts."""
         super().restore_()
-        self._open_routers()
-
-    def _open_routers(self) -> None:
-        for router in self._routers.values():
-            router.__dict__.pop("forward", None)
+        unrestrict_(self.model, self.units)
 
     @torch.no_grad()
     def prune(self, plan: Plan) -> list[LayerResult]:
