@@ -34,10 +34,11 @@ from billhook.plan.plan import Plan
 from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.allocation import Allocation
 from billhook.steps.compress import CompressJob, CompressReport, CompressRequest, check, decide, run_compress
+from billhook.steps.inputs import Inputs
 from billhook.steps.kept_levels import said_when_stopped
 from billhook.steps.lost import Lost, loss_of
 from billhook.steps.quantize import open_blocks
-from billhook.steps.quantize_job import Inputs, QuantizeReport
+from billhook.steps.quantize_job import QuantizeReport
 from billhook.steps.request import Opened, check_text_given, draw_text
 from billhook.steps.resolve import identity
 from billhook.steps.sizes import Size

@@ -121,9 +121,7 @@ def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> Bl
     dtype, device = dense.model.dtype, str(dense.model.device)
     pruned = open_streamed(source.dense, dense.task.auto_class, dtype=dtype, device=device)
     if dense.resources.stream is None or _shapes(pruned) != _shapes(dense.resources.stream):
-        raise BillhookError(
-            f"The blocks of {source.given} have not the shapes of those of {path}: leave out --by block."
-        )
+        raise BillhookError(f"The blocks of {source.given} and of {path} differ in shape: leave out --by block.")
     dense = _with_text(request, dense, progress)
     same = identity(opening, dense, {}, None, None) | {"step": "recover", "by": "block", "tune": request.tune}
     facts = model_facts(source.dense, pruned.model)

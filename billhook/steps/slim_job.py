@@ -16,7 +16,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.unit_counts import Shape
 from billhook.steps.block_choice import BlockChoice
 from billhook.steps.facts import versions
-from billhook.steps.quantize_job import Inputs
+from billhook.steps.inputs import Inputs
 from billhook.steps.record import place, without_folders
 from billhook.steps.request import Opened, Request, calibration_facts
 from billhook.steps.slim_files import Smaller
