@@ -28,7 +28,7 @@ from billhook.plan.spec import Pattern
 from billhook.racing.automatic import ROUNDS, needs, schedule, trial_method
 from billhook.racing.hyperparameters import RACED, Space, every
 from billhook.racing.picture import draw
-from billhook.racing.race import Budget, Objective, Problem, Race, Trial
+from billhook.racing.race import Objective, Problem, Race, Trial, TrialBudget
 from billhook.racing.record import MODEL, PICTURE, PLAN, SearchRecord
 from billhook.registry import hint
 from billhook.steps.gradients import check_temporary_room, gradient_bytes
@@ -91,7 +91,7 @@ def search(
 
     The model's weights are restored. Raises BillhookError for an impossible request, before anything is written.
     """
-    limit = Budget.parse(budget)
+    limit = TrialBudget.parse(budget)
     _check(objective, fields)
     request = Request(model, sparsity, **({"samples": SAMPLES} | fields))
     if request.allocator not in ("uniform", AUTO):
