@@ -1,4 +1,4 @@
-"""Billhook makes trained models smaller and faster, by bits, zeros and whole units, with as little loss as possible.
+"""Billhook makes trained models smaller: prunes, quantizes, slims and recovers them, with as little loss as possible.
 
 `import billhook` loads neither torch nor transformers: the public names below are imported when they are first used.
 """

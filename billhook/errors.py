@@ -98,6 +98,11 @@ class Interrupted(JobError):
         self.stopped, self.advised = stopped, advised
 
 
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """At most `longest` characters of the first line of an error's message; the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]
+
+
 # torch has its own class for a GPU only; these are the messages of its allocator and libraries
 _OUT_OF_MEMORY = (
     "can't allocate memory",

@@ -9,7 +9,7 @@ from billhook.errors import BillhookError
 from billhook.measurement import METRICS
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
-from billhook.plan.metrics import CURVES, FACTS, fact, sign
+from billhook.plan.metrics import CURVES, FACTS, fact
 from billhook.registry import Option, Registry, hint, method
 
 
@@ -121,8 +121,8 @@ def test_every_method_is_complete(registry: Registry):
 def test_every_metric_has_its_facts():
     assert METRICS.names() == [*FACTS, *CURVES]
     for name in METRICS.names():
-        assert sign(name) in (1, -1)
-        assert sign(f"{name}:parameter") == sign(name)
+        assert fact(name).sign in (1, -1)
+        assert fact(f"{name}:parameter") is fact(name)
         assert callable(METRICS.get(name))
     with pytest.raises(
         BillhookError, match=r"Unknown metric 'alfa_peak'\. Did you mean 'alpha_peak'\? There are: alpha_peak"

@@ -77,8 +77,12 @@ def _family(metric: Metric) -> str:
 
 
 def _head(module: ModuleType, name: str, links: dict[str, str]) -> list[str]:
-    """Title, note and text of a page; it does not link to itself."""
+    """Title, note and text of a page; names mean the methods of its own registry first, and it does not link to
+    itself."""
     title, text = title_and_text(module)
+    for registry in (LEVEL_ALLOCATORS, STRUCTURED, OBJECTIVES):
+        if (name + "_").startswith(PREFIXES[registry.kind]) or (name == "rco" and registry is LEVEL_ALLOCATORS):
+            links = links | {method: _page(registry, method) for method in registry.names()}
     return [f"# {title}", NOTE, prose(text, {key: page for key, page in links.items() if page != f"{name}.md"})]
 
 

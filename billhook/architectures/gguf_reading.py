@@ -129,8 +129,8 @@ def _llama3(file: GgufFile, rope: Mapping[str, Any], width: int) -> dict[str, An
 def write_weights(file: GgufFile, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Write the tensors of a file, dequantized, as safetensors: those named in `shapes`, one GGUF tensor at a time.
 
-    float16 and bfloat16 stay as they are; everything else becomes float32, exactly. Raises BillhookError where
-    the file has not exactly the tensors of the model.
+    float16 and bfloat16 stay as they are; everything else becomes float32, exactly. Raises BillhookError
+    unless the file has exactly the tensors of the model.
     """
     described, held = (sum(map(math.prod, x)) for x in (shapes.values(), [e.shape for e in file.tensors.values()]))
     if described > held:  # before anything of that size is made

@@ -85,12 +85,10 @@ def check_per_layer(model: PreTrainedModel, units: Sequence[Unit]) -> None:
 def check_blocks(model: PreTrainedModel) -> None:
     """Raise BillhookError, naming the model's type, where no configuration says that blocks are missing.
 
-    So it is for several stacks, and for blocks of several kinds in an order that the configuration does not give.
+    That is the case for several stacks, and for blocks of several kinds whose order the configuration does not give.
     """
-    stacks, who = (
-        find_stacks(model) or [decoder_stack(model)],
-        f"{model.config.model_type} models cannot have fewer blocks",
-    )
+    stacks = find_stacks(model) or [decoder_stack(model)]
+    who = f"{model.config.model_type} models cannot have fewer blocks"
     if len(stacks) != 1:
         names = f"such as {stacks[0].name} and {stacks[-1].name}"
         raise BillhookError(f"{who}: they have several stacks, {names}. Name other kinds of units.")

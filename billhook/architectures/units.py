@@ -75,7 +75,7 @@ class Unit:
 def find_units(model: PreTrainedModel, kinds: Sequence[str], blocks: Collection[int] | None = None) -> list[Unit]:
     """The units of these kinds (of `channels`, `heads`, `experts`) in `blocks`, by number (None: all), in model order.
 
-    Raises BillhookError, naming the model's type, for a kind that it has not, or that is laid out in an unknown way.
+    Raises BillhookError, naming the model's type, for a kind that it does not have, or whose layout is unknown.
     """
     layers = {layer.name: layer for layer in find_layers(model)}
     units = list[Unit]()

@@ -59,7 +59,7 @@ REMOVED = {  # removed commands and options, and what to use instead
 
 app = typer.Typer(
     name="billhook",
-    help="Make trained models smaller and faster, by bits, zeros and whole units, with as little loss as possible.",
+    help="Make trained models smaller: prune, quantize, slim and recover them, with as little loss as possible.",
     epilog="First run: billhook demo.  Your own model: "
     "billhook compress MODEL --bits 4.5 --calibration text.txt --output small",
     invoke_without_command=True,

@@ -29,7 +29,7 @@ def command(
     """Measure every prunable layer and write table.json."""
     from billhook.distributed.collectives import distributed
     from billhook.distributed.torchrun import rank
-    from billhook.measurement.measure import metric_names, steps
+    from billhook.measurement.measure import metric_names, progress_calls
     from billhook.steps.measure import measure_opened, open_to_measure
     from billhook.steps.request import Request
     from billhook.store.files import check_new_file
@@ -39,7 +39,7 @@ def command(
     request = Request(model=model, **vars(text), **work.fields(model))
     with distributed(request.device):
         opened = open_to_measure(request, names)
-        total, unit = steps(names, len(opened.layers)), layers_per_block(opened.layers)
+        total, unit = progress_calls(names, len(opened.layers)), layers_per_block(opened.layers)
         with progress("measuring", total, unit=unit) as advance:
             table = measure_opened(opened, names, advance)
         if not rank():

@@ -83,7 +83,8 @@ class Grid:
 
     def reads_text(self, cell: Cell) -> bool:
         """Whether a cell needs calibration text."""
-        if self.recipe(cell).refine != "none" or self.raced(cell) or CRITERIA.needs(cell.criterion, self.of(cell)):
+        needs = CRITERIA.needs(cell.criterion, self.criterion_options(cell))
+        if needs or self.recipe(cell).refine != "none" or self.raced(cell):
             return True
         return any(fact(name).needs_text for name in self.columns(cell))
 
@@ -91,12 +92,12 @@ class Grid:
         """The recipe of a cell, or its allocator and criterion."""
         return RECIPES[cell.recipe] if cell.recipe else Recipe(cell.criterion, cell.allocator, "")
 
-    def of(self, cell: Cell) -> dict[str, Any]:
+    def criterion_options(self, cell: Cell) -> dict[str, Any]:
         """All options of a cell's criterion, parsed."""
         known = CRITERIA.options(cell.criterion)
         return CRITERIA.configure(cell.criterion, {k: v for k, v in self.options.items() if k in known})
 
-    def allocation(self, cell: Cell) -> dict[str, Any]:
+    def allocator_options(self, cell: Cell) -> dict[str, Any]:
         """All options of a cell's allocator, parsed; one that a race chooses stays `auto`."""
         if cell.allocator == AUTO or cell.allocator in self.plans:
             return {}
@@ -106,11 +107,11 @@ class Grid:
 
     def raced(self, cell: Cell) -> bool:
         """Whether a race decides the cell's plan."""
-        return is_raced(cell.allocator, self.allocation(cell))
+        return is_raced(cell.allocator, self.allocator_options(cell))
 
     def columns(self, cell: Cell) -> tuple[str, ...]:
         """The metrics that a cell's allocator reads."""
         if cell.allocator in ON_MODEL:
             return automatic.needs(cell.allocator, cell.criterion)
-        options = {k: None if v == AUTO else v for k, v in self.allocation(cell).items()}
+        options = {k: None if v == AUTO else v for k, v in self.allocator_options(cell).items()}
         return () if cell.allocator in self.plans else ALLOCATORS.needs(cell.allocator, options)

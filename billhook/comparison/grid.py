@@ -15,6 +15,7 @@ from typing import Any, Unpack
 
 from transformers import PreTrainedModel
 
+from billhook import __version__
 from billhook.ambient import pinned
 from billhook.comparison.axes import Grid
 from billhook.comparison.record import SCORES, TITLES, Cell, Comparison, measure_of, method, shown
@@ -34,7 +35,7 @@ from billhook.racing.automatic import choose
 from billhook.racing.race import Problem
 from billhook.recovery.blockwise import Refine
 from billhook.steps.apply import prune_with
-from billhook.steps.evaluate import versions
+from billhook.steps.facts import versions
 from billhook.steps.gradients import check_temporary_room, make_gradients
 from billhook.steps.keywords import CompareFields
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
@@ -120,7 +121,7 @@ def _identity(grid: Grid, request: Request, opened: Opened, read: Scored) -> dic
         "stacks": listed(request.stacks),
         "group": request.group,
         "dtype": dtype_name(opened.model.dtype),
-        "versions": versions(),
+        "versions": {"billhook": __version__, **versions()},
     }
 
 
@@ -134,7 +135,8 @@ def _check_plans(found: Comparison, grid: Grid) -> None:
 
 def _check_room(found: Comparison, grid: Grid, cells: Sequence[Cell], opened: Opened) -> None:
     """Raise JobError where the gradients of the missing cells, and those of a race, do not fit on the disk."""
-    reading = {cell: Method(cell.criterion, grid.of(cell)).gradient for cell in cells if not found.has(cell)}
+    missing = [cell for cell in cells if not found.has(cell)]
+    reading = {cell: Method(cell.criterion, grid.criterion_options(cell)).gradient for cell in missing}
     files = {(statistic, cell.seed) for cell, statistic in reading.items() if statistic}
     raced = any(grid.raced(cell) for cell, statistic in reading.items() if statistic)
     check_temporary_room(opened.layers, len(files) + raced)
@@ -168,7 +170,7 @@ class _Runner:
         opened, model = self._draw(cell.seed), self.opened.model
         way = self.grid.recipe(cell)
         group = self.request.group or way.group
-        method = Method(cell.criterion, self.grid.of(cell), group, prefix=way.prefix)
+        method = Method(cell.criterion, self.grid.criterion_options(cell), group, prefix=way.prefix)
         plan = self._plan(cell, opened, method)
         method = replace(method, rounding=self.request.rounding)
         refine = Refine.asked(self.grid.recipe(cell).refine, cell.seed)
@@ -188,7 +190,7 @@ class _Runner:
         if cell.allocator in self.grid.plans:
             return self.grid.plans[cell.allocator]
         table = self._table(cell.seed)
-        options = self.grid.allocation(cell)
+        options = self.grid.allocator_options(cell)
         if self.grid.raced(cell):
             assert opened.samples is not None
             problem = Problem(table, cell.sparsity, cell.pattern)

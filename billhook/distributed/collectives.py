@@ -22,7 +22,7 @@ from torch import Tensor
 
 from billhook.distributed.heartbeat import AGAIN, Heartbeat
 from billhook.distributed.torchrun import started
-from billhook.errors import BillhookError, Interrupted
+from billhook.errors import BillhookError, Interrupted, first_line
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # for the others to prune the largest layer
@@ -82,7 +82,7 @@ def _end(heart: Heartbeat, error: BaseException) -> NoReturn:
 
 def _first_line(error: BaseException) -> str:
     """The first line of an error's message, without the source position with which some begin."""
-    return re.sub(r"^\[\S*\] ", "", (str(error).strip() or type(error).__name__).splitlines()[0])[:300]
+    return re.sub(r"^\[\S*\] ", "", first_line(error, 1000))[:300]
 
 
 def shard(items: Sequence[T]) -> list[T]:

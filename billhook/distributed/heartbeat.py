@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BEAT = 0.5  # seconds between heartbeats
 SILENCE = 4.0  # seconds without a heartbeat after which a process is lost, once a connection broke
 TIMEOUT = 60.0  # the same while no connection broke
-AGAIN = "Start the same command again; with --resume, billhook prune continues after the last finished block."
+AGAIN = "Start the same command again; with --resume, prune, slim and recover continue where they stopped."
 _LEFT, _FAILED = "left", "failed "
 
 

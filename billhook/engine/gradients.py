@@ -33,7 +33,7 @@ from billhook.architectures.stacks import blocks_of, decoder_stack, has_one_stac
 from billhook.distributed.collectives import check_share, shard
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, as_batches, split_rows
-from billhook.engine.capture import Captured, capture, stubbed
+from billhook.engine.capture import Captured, Forward, capture, split_call, stubbed
 from billhook.engine.gradient_file import Gradients, open_gradients, write_gradients
 from billhook.engine.regional_gradients import regional_gradients
 from billhook.engine.replay import run_block
@@ -216,14 +216,13 @@ class Backward:
     def _last_block_loss(self, sequence: Batch, states: Tensor) -> Tensor:
         """The model's own loss on a sequence, with `states` as the inputs of its last block, and no other block run."""
 
-        def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def passing(*args: Any, **kwargs: Any) -> Any:
-                return self.captured.returned(args[0] if args else kwargs["hidden_states"])
+        def stub(index: int, forward: Forward) -> Forward:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                hidden, call = split_call(forward, args, kwargs)
+                last = index + 1 == len(self.blocks)
+                return forward(states, *call.args, **call.kwargs) if last else self.captured.returned(hidden)
 
-            def real(*args: Any, **kwargs: Any) -> Any:
-                return forward(states, *args[1:], **{key: x for key, x in kwargs.items() if key != "hidden_states"})
-
-            return real if index + 1 == len(self.blocks) else passing
+            return run
 
         with stubbed(self.blocks, stub):
             return self.loss(self.model, sequence)

@@ -7,7 +7,7 @@ hidden states pass through every block as it was, the dropped ones too, so that 
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit
 from billhook.distributed.collectives import broadcast_, shard, unshard, world
 from billhook.engine.batch import Batch
+from billhook.engine.capture import Extra, Forward, extra_of, returned, stubbed
 from billhook.engine.experts import choose_experts, down_projections
 from billhook.engine.loop import LayerResult
 from billhook.engine.resources import IN_MEMORY, Resources
@@ -77,19 +78,17 @@ class Dropped:
     While it is not `active`, and for the source's own weights, the block itself runs.
     """
 
-    def __init__(self, forward: Callable[..., Any], stream: Stream | None) -> None:
+    def __init__(self, forward: Forward, stream: Stream | None) -> None:
         self.forward, self.stream, self.active = forward, stream, True
-        self._form: list[tuple[Any, ...] | None] = []
+        self._extra: list[Extra] = []  # of the block, once it has run
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the block returns."""
         if not self.active or (self.stream is not None and self.stream.of_source):
             return self.forward(hidden_states, *args, **kwargs)
-        if not self._form:
-            result = self.forward(hidden_states, *args, **kwargs)
-            self._form.append(result[1:] if isinstance(result, tuple) else None)
-        rest = self._form[0]
-        return hidden_states if rest is None else (hidden_states, *rest)
+        if not self._extra:
+            self._extra.append(extra_of(self.forward(hidden_states, *args, **kwargs)))
+        return returned(self._extra[0], hidden_states)
 
 
 @contextmanager
@@ -97,19 +96,14 @@ def dropping(
     model: PreTrainedModel, indices: Sequence[int], resources: Resources = IN_MEMORY
 ) -> Iterator[dict[int, Dropped]]:
     """Drop blocks of a model for a `with` block; yields their forward functions by index."""
-    blocks, made = list(blocks_of(model).values()), {}
+    blocks, made = list(blocks_of(model).items()), dict[int, Dropped]()
 
-    def restore(index: int, own: Any) -> None:
-        if own is None:
-            del blocks[index].forward
-        else:
-            blocks[index].forward = own
+    def drop(number: int, forward: Forward) -> Dropped:
+        dropped = Dropped(forward, resources.stream)
+        made[indices[number]] = dropped
+        return dropped
 
-    with ExitStack() as stack:
-        for index in indices:
-            stack.callback(restore, index, blocks[index].__dict__.get("forward"))
-            made[index] = Dropped(blocks[index].forward, resources.stream)
-            blocks[index].forward = made[index]
+    with stubbed(dict(blocks[index] for index in indices), drop):
         yield made
 
 

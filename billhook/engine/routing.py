@@ -1,6 +1,6 @@
 """Mixtures of experts: what every expert does on the calibration text, and a router that knows only some of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -131,3 +131,10 @@ def restricted(model: PreTrainedModel, unit: Unit, kept: Tensor) -> Restricted:
 def restrict_(model: PreTrainedModel, unit: Unit, kept: Tensor) -> None:
     """From now on a unit's router sends tokens only to the experts `kept`, bool [experts]."""
     mixture_of(model, unit)[0].forward = restricted(model, unit, kept)
+
+
+def unrestrict_(model: PreTrainedModel, units: Iterable[Unit]) -> None:
+    """Let the routers of units know all experts again."""
+    for unit in units:
+        if unit.kind == "experts":
+            mixture_of(model, unit)[0].__dict__.pop("forward", None)

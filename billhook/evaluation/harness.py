@@ -14,7 +14,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
-from billhook.errors import BillhookError, JobError
+from billhook.errors import BillhookError, JobError, first_line
 from billhook.evaluation.batching import batch_size
 from billhook.evaluation.items import TaskResult
 from billhook.registry import hint
@@ -107,7 +107,7 @@ def _main_metric(metrics: dict[str, Any]) -> str:
 
 def _explained(error: Exception, names: Sequence[str]) -> Exception:
     text = f"{type(error).__name__} {error}"
-    line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    line = first_line(error)
     if re.search("Connect|[oO]ffline|Max retries|[cC]ouldn't|resolve|LocalEntryNotFound", text):
         failed = f"The data of {', '.join(names)} cannot be fetched from the hub ({line})"
         return BillhookError(f"{failed}. Check the network; {LOCAL}.")

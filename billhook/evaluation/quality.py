@@ -1,7 +1,7 @@
 """What a change of a model's weights has lost, measured by its predictions on text that was used for nothing else.
 
-    reference = Reference.of(model, batches, scoring)  # while the model is dense
-    loss = reference.compare(model)                    # at any time later
+    reference = Reference.of(model, batch, scoring, source)  # while the model is dense
+    loss = reference.compare(model)                          # at any time later
 
 Both pass a text through the model block by block, so that a streamed model is read once, and give the same numbers for
 a streamed model and one in memory; images go through the model as a whole. The KL divergence of the predictions, in

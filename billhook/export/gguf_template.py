@@ -58,9 +58,7 @@ def matched_entries(template: GgufFile, quantized: Quantized, values: Values) ->
         if places is not None:
             used |= set(owners[places].tolist())
             kind = _one_type(entry, {quantized[names[owner]][0].lower() for owner in set(owners[places].tolist())})
-            parts = partial(
-                _packed, quantized, [names[owner] for owner in range(len(names))], owners[places], rows[places]
-            )
+            parts = partial(_packed, quantized, names, owners[places], rows[places])
         entries.append(Entry(entry.name, kind, entry.shape, parts))
     for owner, name in enumerate(names):
         if owner not in used:

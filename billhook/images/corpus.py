@@ -2,7 +2,7 @@
 
 FOLDER                          images (.jpg, .png, .webp, ...) directly inside it, or in folders named by their labels
 FILE.npz                        `x` uint8 [n, height, width] or [n, height, width, 3], and, if known, `y` [n] labels
-hub:NAME[:config][:split]       a data set of the Hugging Face hub or a local one, with a column of images
+hub:NAME[:config][:split]       a dataset of the Hugging Face hub or a local one, with a column of images
                                 (`image` or `img`) and, if known, one of labels (`label` or `labels`)
 rows given from Python          images of Pillow, or mappings with `image` and perhaps `label`
 
@@ -24,7 +24,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, first_line
 from billhook.text.hub import hub_rows
 
 _EIGHT, _SIXTEEN = 255, 65535  # the largest pixels of so many bits; 257 steps of the second are one of the first
@@ -66,7 +66,7 @@ class Picture:
         except BillhookError:
             raise
         except Exception as error:  # Pillow raises a dozen unrelated kinds for damaged files
-            why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            why = first_line(error)
             found = f"{self.name} cannot be read as an image ({why})"
             raise Unreadable(f"{found}: repair or remove it; {_SKIP}.") from None
 
@@ -96,7 +96,7 @@ def pillow() -> Any:
 def pictures(source: Any, purpose: str) -> list[Picture]:
     """The pictures of a SOURCE or of rows given from Python.
 
-    `purpose`, calibration or evaluation, decides the default split of a hub data set. Raises BillhookError for a source
+    `purpose`, calibration or evaluation, decides the default split of a hub dataset. Raises BillhookError for a source
     of another kind, and for one without images.
     """
     if not isinstance(source, str | Path):
@@ -155,7 +155,7 @@ def _folder(path: Path) -> list[Picture]:
     loose = [_file(file, None) for file in every if file.parent == path]
     splits = {str(picture.label) for picture in found}
     if splits and splits <= _SPLITS and all(file.parent.parent != path for file in nested):
-        raise BillhookError(f"{path} holds the folders of a split data set, such as {min(splits)}: give one of these.")
+        raise BillhookError(f"{path} holds the folders of a split dataset, such as {min(splits)}: give one of these.")
     if found and loose:
         raise BillhookError(f"{path} has images both in folders and beside them, such as {loose[0].name}: move them.")
     if not found and not loose:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, first_line
 from billhook.images.corpus import Picture
 from billhook.store.checkpoint import quiet
 from billhook.store.files import in_one_line, untrusted
@@ -39,7 +39,7 @@ class Reader:
             try:
                 made = self.processor(image, return_tensors="pt")["pixel_values"][0]
             except (ValueError, TypeError, KeyError, RuntimeError) as error:
-                why = str(error).splitlines()[0][:200]
+                why = first_line(error)
                 raise BillhookError(f"{picture.name}: the model's image processor cannot read it ({why}).") from None
             if rows and made.shape != rows[0].shape:
                 sizes = f"{list(made.shape)}, the first image {list(rows[0].shape)}"

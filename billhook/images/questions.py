@@ -3,7 +3,7 @@
 FILE.jsonl                      a line an object: {"image": FILE, "question": TEXT, "answer": TEXT}, or
                                 {"image": FILE, "messages": [...]} as chat templates read them, the last one being the
                                 assistant's answer; several images are a list, files are found beside FILE.jsonl
-hub:NAME[:config][:split]       a data set of the Hugging Face hub or a local one with these columns
+hub:NAME[:config][:split]       a dataset of the Hugging Face hub or a local one with these columns
 rows given from Python          mappings with these fields; an image may be one of Pillow
 """
 

@@ -88,7 +88,7 @@ def metric_names(text: str) -> list[str]:
     return names
 
 
-def steps(metrics: Sequence[str], layers: int) -> int:
+def progress_calls(metrics: Sequence[str], layers: int) -> int:
     """How often `measure` reports progress: once per layer for its weight and once for its inputs."""
     reads = {fact(name).reads for name in metrics}
     return layers * (("activations" in reads) + any(not fact(name).needs_text for name in metrics))

@@ -11,16 +11,12 @@ Cost: one pass of the text through the dense model with its statistics, and the 
 Limits: it does not say what a unit's error costs the model.
 """
 
-from dataclasses import replace
-
 import torch
 
 from billhook.architectures.units import Unit
 from billhook.engine.experts import choose_experts
-from billhook.engine.removal import choose_parts
 from billhook.engine.walk import Block, Progress, walk
 from billhook.measurement.error_curves import curve_through
-from billhook.methods.statistics import LayerStats
 from billhook.trials.unit_trials import UnitRunner
 
 TRIED = (0.125, 0.25, 0.5, 0.75)
@@ -30,10 +26,10 @@ LEAST = 1e-9
 @torch.no_grad()
 def unit_curves(runner: UnitRunner, progress: Progress = lambda unit: None) -> dict[str, list[float]]:
     """Return e at 0, 1/40, ..., 1 by the name of each unit of a runner, whose model is dense now."""
-    removal, found = runner.removal.without_target(), dict[str, list[float]]()
+    found = dict[str, list[float]]()
     layers = [unit.consumer for unit in runner.units if unit.consumer is not None]
     runner.restore_()
-    statistics = removal.observed if layers else ()
+    statistics = runner.removal.without_target().observed if layers else ()
     for block in walk(runner.model, runner.batches, statistics, layers=layers, read_only=True):
         for unit in (unit for unit in runner.units if unit.block == block.index):
             errors = [_error(runner, unit, max(1, round((1 - s) * unit.count)), block) for s in TRIED]
@@ -46,7 +42,4 @@ def _error(runner: UnitRunner, unit: Unit, count: int, block: Block) -> float:
     """The relative error with `count` parts."""
     if unit.consumer is None:
         return choose_experts(runner.model, unit, count, runner.experts, block).error
-    stats = block.stats.get(unit.consumer.name, LayerStats(0, 0))
-    gradient = None if runner.dense_gradients is None else runner.dense_gradients[unit.consumer.name]
-    removal = runner.removal.without_target()
-    return choose_parts(unit, count, removal, replace(stats, notes=[]), gradient)[2] or 0.0
+    return runner.choose_parts(unit, count, block)[2] or 0.0

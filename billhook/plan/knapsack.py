@@ -18,7 +18,7 @@ def choose_levels(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[floa
 
     Raises BillhookError where even the cheapest levels cost more than `budget`.
     """
-    cheapest = [min(range(len(c)), key=lambda i, c=c: (c[i], 0)) for c in costs]  # type: ignore[misc]
+    cheapest = [c.index(min(c)) for c in costs]
     base = sum(c[i] for c, i in zip(costs, cheapest, strict=True))
     if base > budget:
         raise BillhookError(f"The least possible is {base:,} bytes, and {budget:,} were asked for.")

@@ -117,8 +117,3 @@ def companions(name: str) -> list[str]:
     base, colon, value = name.partition(":")
     misfit = [f"{base}_ks{colon}{value}"] if f"{base}_ks" in FACTS else []
     return [*misfit, "spectrum_quantiles"] if base in FACTS and FACTS[base].spectral else misfit
-
-
-def sign(name: str) -> Sign:
-    """+1 where a larger value of this column means more sparsity, -1 where it means less."""
-    return fact(name).sign

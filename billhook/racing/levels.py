@@ -123,20 +123,21 @@ def by_gradients(
     """
     steps = []
     for group in levels.groups:
-        kept: list[tuple[int, str]] = []
-        for t in sorted(levels.menu(group), key=lambda t, g=group: (levels.bytes(g, t), levels.loss(g, t))):  # type: ignore[misc]
-            if not kept or levels.loss(group, t) < levels.loss(group, kept[-1][1]):
-                kept.append((levels.bytes(group, t), t))
+        priced = [(levels.bytes(group, t), levels.loss(group, t), t) for t in levels.menu(group)]
+        kept: list[tuple[int, float, str]] = []
+        for size, loss, t in sorted(priced, key=lambda entry: entry[:2]):
+            if not kept or loss < kept[-1][1]:
+                kept.append((size, loss, t))
         steps.append(kept)
     rows = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-    specs = [[Spec(type=type) for _, type in kept] for kept in steps]
+    specs = [[Spec(type=type) for *_, type in kept] for kept in steps]
     assert isinstance(runner.method, Quantization)
     exact = replace(runner.method, options={**runner.method.options, "dense_target": 0.0, "sweeps": 0})
     weights = CandidateWeights(runner, levels.groups, specs, rows, exact, progress=progress)
-    costs = [[size for size, _ in kept] for kept in steps]
+    costs = [[size for size, *_ in kept] for kept in steps]
     configured = MODEL_ALLOCATORS.configure(allocator, options)
     chosen = MODEL_ALLOCATORS.get(allocator)(weights, costs, levels.budget, **configured)
-    types = {name: steps[g][k][1] for g, k in enumerate(chosen) for name in levels.groups[g]}
+    types = {name: steps[g][k][-1] for g, k in enumerate(chosen) for name in levels.groups[g]}
     made_by = {"allocator": allocator, "options": configured, "paper": MODEL_ALLOCATORS.paper(allocator)}
     return levels.plan(types, made_by)
 

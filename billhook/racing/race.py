@@ -94,14 +94,14 @@ def paired_difference(a: Trial, b: Trial, objective: Objective) -> tuple[float, 
 
 
 @dataclass(frozen=True)
-class Budget:
+class TrialBudget:
     """The largest number of trials beside uniform's, and of seconds for them."""
 
     trials: float = math.inf
     seconds: float = math.inf
 
     @classmethod
-    def parse(cls, given: str | int | None) -> "Budget":
+    def parse(cls, given: str | int | None) -> "TrialBudget":
         """Read trials (9, "9") or minutes ("5m"); raises BillhookError for anything else, and for zero."""
         if given is None:
             return cls()
@@ -144,9 +144,9 @@ class Race:
         """The paired difference from uniform."""
         return paired_difference(trial, self.trials["uniform"], self.objective)
 
-    def run(self, schedule: "Schedule", budget: Budget | None = None) -> None:
+    def run(self, schedule: "Schedule", budget: TrialBudget | None = None) -> None:
         """Try the candidates of the schedule until it or the budget ends, but at least one beside uniform."""
-        budget, start = budget or Budget(), time.monotonic()
+        budget, start = budget or TrialBudget(), time.monotonic()
         for candidate in schedule(self):
             name = candidate.name
             if name in self.trials:

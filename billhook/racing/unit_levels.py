@@ -23,9 +23,7 @@ from billhook.architectures.layers import Layer
 from billhook.architectures.units import Unit
 from billhook.engine.batch import join_rows
 from billhook.engine.experts import choose_experts, down_projections
-from billhook.engine.removal import choose_parts
 from billhook.engine.walk import Block, Progress, walk
-from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan
 from billhook.plan.unit_counts import Size
 from billhook.racing.allocators import MODEL_ALLOCATORS
@@ -81,11 +79,7 @@ class UnitLevels(GradientLevels):
         assert unit.consumer is not None
         if count == unit.count:
             return unit.consumer.weight.clone()
-        stats = block.stats.get(unit.consumer.name, LayerStats(0, 0))
-        gradient = None if runner.dense_gradients is None else runner.dense_gradients[unit.consumer.name]
-        removal = runner.removal.without_target()
-        new: Tensor = choose_parts(unit, count, removal, replace(stats, notes=[]), gradient)[1]
-        return new.to(unit.consumer.weight.dtype)
+        return runner.choose_parts(unit, count, block)[1].to(unit.consumer.weight.dtype)
 
     def _weight(self, layer: Layer, chosen: Sequence[int]) -> Tensor:
         """The weight of a layer at the level of its own parts, were its expert to stay."""

@@ -20,6 +20,7 @@ not below the first, the block gets back the weights it had. With fewer than 8 w
 
 Differences from the papers: the loss is that of the next block, targets are between the dense block's and the dense
 model's outputs, and held-out windows decide. An interrupted run continues with the same bytes.
+
 Cost: in memory one block six times in float32, the next one once, what a pass of four windows through both leaves for
 the backward pass, inputs and targets, and, unless `dense_target` is 0, the dense model's outputs.
 

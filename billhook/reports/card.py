@@ -18,6 +18,8 @@ _CLASSES = {  # of transformers: the model's and its reader's, by task
     "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor"),
     "feature-extraction": ("AutoModel", "AutoTokenizer"),
     "image-feature-extraction": ("AutoModel", "AutoImageProcessor"),
+    "text2text-generation": ("AutoModelForSeq2SeqLM", "AutoTokenizer"),
+    "automatic-speech-recognition": ("AutoModelForSpeechSeq2Seq", "AutoProcessor"),
 }
 
 
@@ -77,17 +79,25 @@ def _metadata(report: Mapping[str, Any]) -> str:
     """The metadata as YAML: what the source's card says about licence, language and kind, and what was done."""
     import yaml
 
-    name, asked, source = report["model"]["name"], report["asked"], dict(report["metadata"])
-    base = name if "/" in name else source.pop("base_model", None)
-    own = ["billhook", "pruned", "sparse", asked["criterion"], asked["allocator"].replace(" ", "-")]
-    found = {**source, **({"base_model": base, "base_model_relation": "finetune"} if base else {})}
-    found["library_name"] = "billhook" if report["files"]["packed"] else "transformers"
-    found |= {"pipeline_tag": source.get("pipeline_tag", "text-generation")}
-    found |= {"tags": list(dict.fromkeys([*source.get("tags", []), *own]))}
+    name, asked, source = report["model"]["name"], report["asked"], report["metadata"]
+    source = {**source, "pipeline_tag": source.get("pipeline_tag", "text-generation")}
+    tags = ["billhook", "pruned", "sparse", asked["criterion"], asked["allocator"].replace(" ", "-")]
+    found = hub_metadata(source, name, tags, library="billhook" if report["files"]["packed"] else "transformers")
     if results := [_result(found["pipeline_tag"], *entry) for entry in _entries(report)]:
         found["model-index"] = [{"name": f"{name.rpartition('/')[2]}-pruned", "results": results}]
     text: str = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
     return text
+
+
+def hub_metadata(
+    source: Mapping[str, Any], name: str, tags: Sequence[str], *, library: str, relation: str = "finetune"
+) -> dict[str, Any]:
+    """The metadata of a model's card: what the card of its `source` says, the model called `name` (or what that one was
+    made from) as its base, the library that reads it, and more tags."""
+    found = dict(source)
+    if base := name if "/" in name else found.pop("base_model", None):
+        found |= {"base_model": base, "base_model_relation": relation}
+    return found | {"library_name": library, "tags": list(dict.fromkeys([*source.get("tags", []), *tags]))}
 
 
 def _entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:

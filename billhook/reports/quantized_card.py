@@ -5,7 +5,7 @@ from pathlib import Path
 
 from billhook.evaluation.quality import SCALE, Loss
 from billhook.plan.storage import bits
-from billhook.reports.card import table, template
+from billhook.reports.card import hub_metadata, table, template
 from billhook.reports.report import source_metadata
 from billhook.store.files import untrusted, write_text
 from billhook.store.layout import CARD, RECORD
@@ -34,11 +34,11 @@ def _card(folder: Path) -> str:
     trained, files = record.steps[-1].step == "recover", sorted(folder.glob("*.gguf"))
     name, made_by = record.steps[0].model["name"], step.made_by
     types = Counter(facts["type"] for facts in record.layers.values() if facts.get("type"))
-    base = name if "/" in name else source.pop("base_model", None)
-    metadata = {**source, **({"base_model": base, "base_model_relation": "quantized"} if base else {})}
-    library = "gguf" if files else "transformers"
-    own = ["billhook", "quantized", "gguf" if files else "compressed-tensors"]
-    metadata |= {"library_name": library, "tags": list(dict.fromkeys([*source.get("tags", []), *own]))}
+    tags, library = (
+        ["billhook", "quantized", "gguf" if files else "compressed-tensors"],
+        "gguf" if files else "transformers",
+    )
+    metadata = hub_metadata(source, name, tags, library=library, relation="quantized")
     lost = record.steps[-1].made_by.get("lost")
     rows = [[type, f"{bits(type):.2f}", str(types[type])] for type in sorted(types, key=bits, reverse=True)]
     text: str = template("quantized.md.j2", html=False).render(

@@ -189,12 +189,19 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     kept = {key: texts for key in _KEPT if (texts := _texts(found.get(key)))}
     kept["base_model"] = [name for name in kept.get("base_model", []) if _HUB_NAME.fullmatch(name)]
     config = read_json(folder / "config.json", "model configuration") if (folder / "config.json").is_file() else {}
+    kept["pipeline_tag"] = [_pipeline(config)]
+    return {key: texts if key == "tags" or len(texts) > 1 else texts[0] for key, texts in kept.items() if texts}
+
+
+def _pipeline(config: Mapping[str, Any]) -> str:
+    """The pipeline of transformers for the model of a config.json."""
     names = [str(name) for name in config.get("architectures") or ()]
     tag = next((tag for end, tag in _TAGS.items() for x in names if x.endswith(end)), _TEXT)
-    images = tag == "feature-extraction" and ("image_size" in config or "num_channels" in config)
-    both = tag == _TEXT and "vision_config" in config
-    kept["pipeline_tag"] = [f"image-{tag}" if images else "image-text-to-text" if both else tag]
-    return {key: texts if key == "tags" or len(texts) > 1 else texts[0] for key, texts in kept.items() if texts}
+    if tag == "feature-extraction" and ("image_size" in config or "num_channels" in config):
+        return "image-feature-extraction"
+    if tag == _TEXT and config.get("is_encoder_decoder"):
+        return "automatic-speech-recognition" if "num_mel_bins" in config else "text2text-generation"
+    return "image-text-to-text" if tag == _TEXT and "vision_config" in config else tag
 
 
 def _texts(value: Any) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from billhook.evaluation.quality import SCALE, Loss
 from billhook.plan.plan import Plan
-from billhook.reports.card import table, template
+from billhook.reports.card import hub_metadata, table, template
 from billhook.reports.report import source_metadata
 from billhook.store.files import untrusted, write_text
 from billhook.store.layout import CARD, RECORD, SHAPE
@@ -97,10 +97,7 @@ def _card(folder: Path, record: Record) -> str:
     made_by = next(step.made_by for step in reversed(record.steps) if step.step == "slim")
     trained = [step.made_by for step in record.steps if step.step == "recover"]
     name = record.steps[0].model["name"]
-    base = name if "/" in name else source.pop("base_model", None)
-    metadata = {**source, **({"base_model": base, "base_model_relation": "finetune"} if base else {})}
-    metadata |= {"library_name": "transformers"}
-    metadata |= {"tags": list(dict.fromkeys([*source.get("tags", []), "billhook", "pruned"]))}
+    metadata = hub_metadata(source, name, ["billhook", "pruned"], library="transformers")
     text: str = template("slim.md.j2", html=False).render(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         name=name,

@@ -20,7 +20,7 @@ from billhook.steps.parts import Part
 from billhook.store.files import replace_file, sha256
 from billhook.store.fitting import Stored
 from billhook.store.locate import to_disk
-from billhook.store.shards import Shard, read_shard
+from billhook.store.shards import Shard, file_names, read_shard
 from billhook.store.tensor_bytes import as_stored
 
 
@@ -79,8 +79,7 @@ class BlockFiles:
         self.tuned, self.same_values = tuned, not tuned  # whether the files have the values in memory
         self.entries = stream.source
         self.made: dict[str, dict[int | None, Quantized]] = {}
-        count = len(stream.blocks) + 1
-        self.files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        self.files = file_names(len(stream.blocks) + 1)
         self._block = {name: index for index, names in enumerate(stream.names) for name in names}
 
     def add(self, part: Part, weight: Quantized) -> None:

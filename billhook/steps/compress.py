@@ -29,13 +29,14 @@ from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen
 from billhook.steps.allocation import NOTES, Allocation, choose, choose_like
 from billhook.steps.earlier_levels import step_with_levels
+from billhook.steps.inputs import GgufInputs
 from billhook.steps.kept_levels import said_when_stopped
 from billhook.steps.levels import measured_layers
 from billhook.steps.lost import Lost
-from billhook.steps.opens import check_opens
 from billhook.steps.parts import Parts, check_matrices, layer_parts
+from billhook.steps.quantization_config import check_opens
 from billhook.steps.quantize import open_blocks, prepare, run
-from billhook.steps.quantize_job import GgufInputs, QuantizeJob, QuantizeReport, QuantizeRequest, Recipe
+from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, Recipe
 from billhook.steps.request import Opened, check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run

@@ -34,10 +34,11 @@ from billhook.plan.plan import Plan
 from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.allocation import Allocation
 from billhook.steps.compress import CompressJob, CompressReport, CompressRequest, check, decide, run_compress
+from billhook.steps.inputs import Inputs
 from billhook.steps.kept_levels import said_when_stopped
 from billhook.steps.lost import Lost, loss_of
 from billhook.steps.quantize import open_blocks
-from billhook.steps.quantize_job import Inputs, QuantizeReport
+from billhook.steps.quantize_job import QuantizeReport
 from billhook.steps.request import Opened, check_text_given, draw_text
 from billhook.steps.resolve import identity
 from billhook.steps.sizes import Size
@@ -148,8 +149,10 @@ def prepare_units(request: CompressRequest, progress: Progress = lambda line: No
                 problems[share] = problem
         if not candidates:
             raise problems[SHARES[-1]]  # which has the least to store
-    except BillhookError as problem:
-        _end(folder, keep=isinstance(problem, JobError))
+    except JobError:
+        raise
+    except BillhookError:
+        _delete(folder)
         raise
     notes = [f"With {share:.1%} of the parameters in blocks removed: {problem}" for share, problem in problems.items()]
     return UnitsJob(request, candidates, budget, drawn.source, lost, notes)
@@ -167,13 +170,13 @@ def run_units(
     predicted = {c.share: c.predicted for c in job.candidates}
     _record(best, predicted, losses)
     put_in_place(best.output, output)
-    _end(_folder(output))
+    _delete(_folder(output))
     return UnitsReport(QuantizeReport.of(output, job.source), job.budget, best.share, predicted, losses)
 
 
 def discard(job: UnitsJob) -> None:
     """Delete what was written for a job that is not carried out."""
-    _end(_folder(Path(job.request.output).expanduser().resolve()))
+    _delete(_folder(Path(job.request.output).expanduser().resolve()))
 
 
 def _checked(request: CompressRequest) -> Path:
@@ -220,9 +223,8 @@ def _begin(request: CompressRequest, output: Path, asked: Mapping[str, Any]) -> 
     return folder
 
 
-def _end(folder: Path, keep: bool = False) -> None:
-    if not keep:
-        shutil.rmtree(folder, ignore_errors=True)
+def _delete(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _budget(request: CompressRequest, opened: Opened) -> int:

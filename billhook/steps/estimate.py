@@ -62,7 +62,7 @@ def peak_bytes(
     batch_tokens: int = 0,
     length: int = 0,
     outside: int = 0,
-    priced: bool = False,
+    fisher: bool = False,
     resources: Resources = IN_MEMORY,
     racing: bool = False,
     refine: bool = False,
@@ -71,9 +71,9 @@ def peak_bytes(
 
     `needs` are the statistics and gradients to compute for the criterion; `tokens` and `batch_tokens` count the
     calibration tokens of one process, in total and in a batch, `length` those of a row (0: no predictions are made),
-    and `outside` the weights of the largest embedding or head that is changed too. `priced` says that what errors cost
-    was measured before, by gradients of the predictions. Observing inputs, changing a layer
-    and predicting follow each other, so that the largest of the three counts. A `racing` allocator needs the whole
+    and `outside` the weights of the largest embedding or head that is changed too. `fisher` says that
+    gradients of the predictions were taken before, for the Fisher information. Observing inputs, changing a layer and
+    predicting follow each other, so that the largest of the three counts. A `racing` allocator needs the whole
     model, its dense weights, and the dense model's predictions for half of the samples.
     """
     size, width = model.dtype.itemsize, hidden_width(model)
@@ -89,14 +89,14 @@ def peak_bytes(
         total += kept
         observing += (6 * size + 2 * 4) * batch_tokens * max(max(x.shape) for x in layers)
     squares = 2 if criterion == "gptq" else 4  # of the widest input, beside its statistics
-    if "drift" in needs:  # dense hidden states; Gram matrix and drift of one input, and until then the dense block
-        total += kept
-        observing, changing = observing + max(each) + 2 * 4 * columns**2, changing + (1 + squares) * 4 * columns**2
+    if "drift" in needs:  # the dense block and its hidden states; Gram matrix and drift of one input
+        total += max(each) + kept
+        observing, changing = observing + 2 * 4 * columns**2, changing + (1 + squares) * 4 * columns**2
     elif "gram" in needs:  # of every distinct input of a block
         inputs = [x for x in layers if x.kind.rpartition(".")[2] not in SHARED_INPUTS]
         grams = [sum(4 * x.shape[1] ** 2 for x in inputs if x.block == index) for index in {x.block for x in layers}]
         total, changing = total + max(grams), changing + (squares - 1) * 4 * columns**2
-    total += max(observing, changing, predicting(model, length, priced))
+    total += max(observing, changing, predicting(model, length, fisher))
     if set(needs) & set(GRADIENTS):  # stored inputs, two lists that are not spilled, gradients and their float32 sums
         total += min((1 if REGIONAL in needs else len(each)) * hidden, limit) + 2 * hidden + max(each) * (1 + 4 / size)
     if refine:  # a block six times and the next one once, in float32; the targets and the dense model's outputs

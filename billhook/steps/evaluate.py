@@ -3,18 +3,15 @@
 The record contains protocol, windows, length and versions, so that only comparable records are compared.
 """
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-import billhook
+from billhook import __version__
 from billhook.ambient import pinned
 from billhook.architectures.sources import resolve
 from billhook.engine.streaming import open_streamed
@@ -26,7 +23,7 @@ from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.rows import evaluate_rows
 from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
-from billhook.steps.facts import model_facts
+from billhook.steps.facts import model_facts, versions
 from billhook.store.arguments import check_fields
 from billhook.store.checkpoint import load_tokenizer, read_config
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib
@@ -77,8 +74,7 @@ def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = l
     loaded = _open(source, config)
     window = window_length(loaded, config.length)
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-    record: dict[str, Any] = {"model": model_facts(source, loaded), "dtype": dtype_name(loaded.dtype)}
-    record["versions"] = versions()
+    record = _facts(source, loaded)
     if config.data is not None and config.protocol != "word":
         record |= _token(loaded, tokenizer, config, window, progress)
     if config.data is not None and config.protocol != "token":
@@ -102,17 +98,16 @@ def _rows(source: Path, task: RowTask, config: EvalConfig, progress: Progress) -
     loaded = _open(source, config)
     found = task.inputs(config.data, loaded, Home(source, config.trust_remote_code, config.skip_unreadable))
     dense = None if config.against is None else _open(resolve(config.against), config)
-    record: dict[str, Any] = {"model": model_facts(source, loaded), "dtype": dtype_name(loaded.dtype)}
-    record["versions"] = versions()
+    record = _facts(source, loaded)
     batches, name = found.batches(config.limit), source_name(config.data)
     scores = evaluate_rows(loaded, batches, task, source=name, against=dense, progress=progress)
     return record | replace(scores, skipped=getattr(found, "skipped", 0) or None).to_dict()
 
 
-def versions() -> dict[str, str]:
-    """Versions on which a result can depend."""
-    found = {"billhook": billhook.__version__, "python": platform.python_version()}
-    return found | {"torch": torch.__version__, "transformers": transformers.__version__}
+def _facts(source: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """What a result can depend on: the model, its dtype, and versions."""
+    facts = {"model": model_facts(source, model), "dtype": dtype_name(model.dtype)}
+    return facts | {"versions": {"billhook": __version__, **versions()}}
 
 
 def _tasks(config: EvalConfig) -> tuple[list[str], list[str]]:

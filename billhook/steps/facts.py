@@ -1,8 +1,11 @@
 """What identifies a model in tables, plans and records, and how it was computed."""
 
+import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import PreTrainedModel
 
 from billhook.store.checkpoint import model_digest
@@ -18,6 +21,12 @@ def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
 def computed_in(model: PreTrainedModel) -> dict[str, str]:
     """The dtype and the kind of device in which a model is computed."""
     return {"dtype": dtype_name(model.dtype), "device": model.device.type}
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that computed."""
+    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"python": platform.python_version(), **libraries}
 
 
 def _model_name(source: Path | None, model: PreTrainedModel) -> str:

@@ -33,9 +33,9 @@ from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.block_files import BlockFiles, Form
 from billhook.steps.given_imatrix import NOTE, imatrix_stats
 from billhook.steps.lost import Lost, loss_of
-from billhook.steps.opens import check_opens, configuration
 from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.parts import Parts, check_matrices, layer_parts, part_types, transposed
+from billhook.steps.quantization_config import check_opens, configuration
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
 from billhook.steps.request import Opened, check_text_given, draw_text, open_model
 from billhook.steps.resolve import identity

@@ -10,78 +10,25 @@ from billhook.architectures.layers import find_layers
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Quantization
 from billhook.evaluation.quality import Loss
-from billhook.export.gguf import GgufForm
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.ggml import GGML
 from billhook.methods.quantize.grid import Grid
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.statistics import LayerStats
-from billhook.plan.bytes import parse_size
 from billhook.plan.plan import Plan
+from billhook.steps.facts import versions
+from billhook.steps.inputs import GgufInputs
 from billhook.steps.parts import Parts, part_types, where
-from billhook.steps.record import left_alone, refilled_notes, versions, without_folders
-from billhook.steps.request import UNCHECKED, Opened, Request, calibration_facts, listed
+from billhook.steps.record import left_alone, refilled_notes, without_folders
+from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.steps.types import is_ggml, plan_types
-from billhook.store.arguments import check_fields
 from billhook.store.layout import RECORD
 from billhook.store.record import Step, append_step, read_record
 from billhook.store.shards import result_bytes, weight_bytes
 from billhook.store.sinks import left_over
-from billhook.text.given import Given
 
 Recipe = Literal["good", "best"]
 SPILL_GIB = 0.25  # of hidden states in memory; the others are on disk, and reading them takes little time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """How `quantize`, `compress` and `slim` open model and text and write the result; `Request` has most fields."""
-
-    calibration: Given | None = None
-    samples: int = 128
-    length: int | None = None
-    bos: str = "auto"
-    skip_unreadable: bool = False
-    published: bool = False
-    batch_size: int | None = None
-    seed: int = 0
-    targets: str | Sequence[str] = ()
-    ignore: str | Sequence[str] = ()
-    stacks: str | Sequence[str] = ()
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
-    resume: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self, but=UNCHECKED)
-
-    @classmethod
-    def given(cls, **fields: Any) -> Self:
-        """A request from keyword arguments: its fields, and options of the method."""
-        known = {key: value for key, value in fields.items() if key in cls.__dataclass_fields__}
-        options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
-        return cls(**{**known, "options": options})
-
-    def _opened_with(self, **changes: Any) -> Request:
-        """The request for a model and its text, with `changes`."""
-        shared = self.__dataclass_fields__.keys() & Request.__dataclass_fields__.keys()
-        return Request(**({name: getattr(self, name) for name in shared} | {"options": {}} | changes))
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufInputs(Inputs):
-    """The same for a result that can be a GGUF file, whose `template` and `split_size` are as in `export`."""
-
-    template: str | Path | None = None
-    split_size: str | int | None = None
-
-    @property
-    def gguf_form(self) -> GgufForm:
-        """The options of a GGUF file."""
-        template = None if self.template is None else Path(self.template).expanduser()
-        return {"template": template, "split": None if self.split_size is None else parse_size(self.split_size)}
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,11 @@
 
 import html
 import importlib
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from billhook.architectures.layers import Layer, find_layers
 from billhook.engine.gradient_file import Gradients
@@ -21,7 +17,7 @@ from billhook.evaluation.quality import Loss
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.plan import Plan
 from billhook.plan.recipes import better
-from billhook.steps.facts import computed_in
+from billhook.steps.facts import computed_in, versions
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.store.compute import dtype_name, stored_dtype
 from billhook.store.record import REFILLED, Record, Step, append_step, located
@@ -129,12 +125,6 @@ def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -
     better_recipe = better(job.request.criterion, job.plan, job.request.refine)
     quality = {"lost": None if lost is None else lost.to_dict(), "better_recipe": better_recipe}
     return append_step(before, replace(step, made_by={**quality, **step.made_by}), layers).to_json()
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that computed."""
-    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"python": platform.python_version(), **libraries}
 
 
 def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[LayerResult]) -> Step:

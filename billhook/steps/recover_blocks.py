@@ -27,10 +27,9 @@ from billhook.methods.encoded import count_zeros
 from billhook.recovery.block_data import STEP
 from billhook.recovery.blockwise import BlockTuner, Refine
 from billhook.steps.batch_size import batch_size
-from billhook.steps.facts import computed_in
+from billhook.steps.facts import computed_in, model_facts, versions
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
-from billhook.steps.record import versions
 from billhook.steps.recover_job import TOKENS, RecoverRequest, teacher_facts, trained_layers_of
 from billhook.steps.recover_problem import draw_windows, trained_layers
 from billhook.steps.recover_source import Source, card
@@ -41,7 +40,6 @@ from billhook.steps.request import (
     check_text_given,
     in_memory,
     listed,
-    model_facts,
     open_model,
 )
 from billhook.steps.resolve import identity
@@ -123,9 +121,7 @@ def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> Bl
     dtype, device = dense.model.dtype, str(dense.model.device)
     pruned = open_streamed(source.dense, dense.task.auto_class, dtype=dtype, device=device)
     if dense.resources.stream is None or _shapes(pruned) != _shapes(dense.resources.stream):
-        raise BillhookError(
-            f"The blocks of {source.given} have not the shapes of those of {path}: leave out --by block."
-        )
+        raise BillhookError(f"The blocks of {source.given} and of {path} differ in shape: leave out --by block.")
     dense = _with_text(request, dense, progress)
     same = identity(opening, dense, {}, None, None) | {"step": "recover", "by": "block", "tune": request.tune}
     facts = model_facts(source.dense, pruned.model)

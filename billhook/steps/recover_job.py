@@ -15,9 +15,9 @@ from billhook.evaluation.quality import Loss, Reference
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.recipes import recipe
 from billhook.recovery.training import Problem, State
-from billhook.steps.facts import computed_in
-from billhook.steps.quantize_job import Inputs
-from billhook.steps.record import left_alone, place, versions
+from billhook.steps.facts import computed_in, versions
+from billhook.steps.inputs import Inputs
+from billhook.steps.record import left_alone, place
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name
@@ -92,7 +92,9 @@ class RecoverRequest(Inputs):
         own |= {"--rate": self.rate, "--rank": self.rank, "--batch-size": self.batch_size}
         own |= {"--checkpointing": self.checkpointing, "--fsdp": self.fsdp, "--tune adapters": self.tune == "adapters"}
         if given := [name for name, value in own.items() if value not in (None, "", False)]:
-            raise BillhookError(f"Of no effect where one block at a time is tuned: {', '.join(given)}; leave it out.")
+            raise BillhookError(
+                f"Options without effect where one block at a time is tuned: {', '.join(given)}. Leave them out."
+            )
 
     @property
     def seconds(self) -> float | None:

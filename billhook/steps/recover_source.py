@@ -81,10 +81,8 @@ class Source:
     def scales(self, opened: Opened, names: Collection[str]) -> list[Trained]:
         """The scales of the quantized weights with these `names`; raises BillhookError for a weight that is not a
         parameter of the model."""
-        shards, parameters = (
-            [read_shard(file) for file in weight_files(self.given)],
-            dict(opened.model.named_parameters()),
-        )
+        shards = [read_shard(file) for file in weight_files(self.given)]
+        parameters = dict(opened.model.named_parameters())
         found: list[Trained] = []
         for name, grid in self.grids.items():
             if name not in parameters:

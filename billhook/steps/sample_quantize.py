@@ -34,7 +34,7 @@ def estimate_quantize(job: QuantizeJob) -> Estimate:
     memory = peak_bytes(
         opened.model, opened.layers, job.request.quantizer, needs,
         tokens=sum(sizes), batch_tokens=max(sizes, default=0), length=scored_length(opened), outside=outside,
-        priced=bool(job.plan.made_by.get("levels")), resources=opened.resources, refine=job.request.recipe == "best",
+        fisher=bool(job.plan.made_by.get("levels")), resources=opened.resources, refine=job.request.recipe == "best",
     )  # fmt: skip
     return Estimate(round((PROCESS + memory) / 2**30, 3), round(job.room / 2**30, 3))
 

@@ -28,7 +28,7 @@ from billhook.plan.spec import Pattern
 from billhook.racing.automatic import ROUNDS, needs, schedule, trial_method
 from billhook.racing.hyperparameters import RACED, Space, every
 from billhook.racing.picture import draw
-from billhook.racing.race import Budget, Objective, Problem, Race, Trial
+from billhook.racing.race import Objective, Problem, Race, Trial, TrialBudget
 from billhook.racing.record import MODEL, PICTURE, PLAN, SearchRecord
 from billhook.registry import hint
 from billhook.steps.gradients import check_temporary_room, gradient_bytes
@@ -47,20 +47,6 @@ from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
 
 OBJECTIVES: dict[str, Objective] = {"kl": "kl", "ppl": "nll"}
-_FIELDS = {"model", "sparsity", "pattern", "recipe", "criterion", "options", "group", "calibration", "samples"}
-_FIELDS |= {
-    "length",
-    "bos",
-    "skip_unreadable",
-    "seed",
-    "batch_size",
-    "targets",
-    "ignore",
-    "stacks",
-    "device",
-    "dtype",
-    "trust_remote_code",
-}
 SAMPLES = 64  # half of them for pruning, half held out
 
 
@@ -101,11 +87,11 @@ def search(
     * `output`: a directory for search.json, plan.json, search.svg and, if `save_model`, the pruned model/; an
       interrupted search is continued there.
     * `progress`: called with the largest number of trials, in words, and then with a line for each trial.
-    * `fields`: of `Request`, those in `_FIELDS`.
+    * `fields`: of `Request`, those that `SearchFields` names.
 
     The model's weights are restored. Raises BillhookError for an impossible request, before anything is written.
     """
-    limit = Budget.parse(budget)
+    limit = TrialBudget.parse(budget)
     _check(objective, fields)
     request = Request(model, sparsity, **({"samples": SAMPLES} | fields))
     if request.allocator not in ("uniform", AUTO):
@@ -161,8 +147,9 @@ def _check(objective: str, fields: Mapping[str, Any]) -> None:
         raise BillhookError(
             f"Unknown objective {objective!r}.{hint(objective, OBJECTIVES)} There are: {', '.join(OBJECTIVES)}."
         )
-    for name in fields.keys() - _FIELDS:
-        raise BillhookError(f"A search does not use {name!r}: leave it out.{hint(name, _FIELDS)}")
+    known = SearchFields.__optional_keys__
+    for name in fields.keys() - known:
+        raise BillhookError(f"A search does not use {name!r}: leave it out.{hint(name, known)}")
 
 
 def _check_labels(objective: str, task: Task, heldout: Batch) -> None:

@@ -122,7 +122,7 @@ class Sizes:
         cls, given: Size, opened: Opened, parts: Parts, types: Sequence[str], target: str, *, form: GgufForm
     ) -> "Sizes":
         """The sizes for a request and the types to choose from; `parts` are the layers' places on disk, and `form` that
-        of a GGUF file (`Inputs.gguf_form`).
+        of a GGUF file (`GgufInputs.gguf_form`).
 
         Raises BillhookError for a budget that cannot be met, with the least possible size and what takes it.
         """

@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from torch import nn
-
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit, find_units
 from billhook.engine.batch import rows_of, select_rows, split_rows
 from billhook.engine.removal import Removal, changed_layers, dropping, remove_parts_
 from billhook.engine.restore import restored
-from billhook.engine.routing import mixture_of
+from billhook.engine.routing import unrestrict_
 from billhook.errors import BillhookError
 from billhook.evaluation.quality import Reference
 from billhook.plan.allocators import AUTO
@@ -104,18 +102,9 @@ def carried_out(opened: Opened, units: Sequence[Unit], plan: Plan, removal: Remo
     units = [unit for unit in units if unit.block not in gone.values()]
     if any(unit.kind == "experts" for unit in units):
         removal = removal.without_target()
-    routers = [mixture_of(model, unit)[0] for unit in units if unit.kind == "experts"]
-    layers = changed_layers(model, units)
-    with restored(layers), dropping(model, list(gone.values())) as dropped, _unrestricted(routers):
-        remove_parts_(model, units, plan.units, removal, opened.batches, experts=experts, dropped=dropped)
-        yield
-
-
-@contextmanager
-def _unrestricted(routers: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the routers know all experts again at the end."""
-    try:
-        yield
-    finally:
-        for router in routers:
-            router.__dict__.pop("forward", None)
+    with restored(changed_layers(model, units)), dropping(model, list(gone.values())) as dropped:
+        try:
+            remove_parts_(model, units, plan.units, removal, opened.batches, experts=experts, dropped=dropped)
+            yield
+        finally:
+            unrestrict_(model, units)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from billhook.architectures.stacks import blocks_of, first_blocks, has_one_stack
 from billhook.engine.batch import Batch, select_rows
 from billhook.engine.removal import Removal, remove_parts_
-from billhook.engine.routing import mixture_of
+from billhook.engine.routing import unrestrict_
 from billhook.engine.walk import walk
 from billhook.steps.slim_job import SlimJob
 from billhook.store.shards import weight_bytes
@@ -61,7 +61,5 @@ def _removing(job: SlimJob, first: int) -> float:
                 experts=job.request.experts, resources=opened.resources, start=first,
             )  # fmt: skip
     finally:
-        for unit in units:
-            if unit.kind == "experts":
-                mixture_of(opened.model, unit)[0].__dict__.pop("forward", None)
+        unrestrict_(opened.model, units)
     return time.perf_counter() - begun

@@ -25,7 +25,7 @@ from billhook.store.checkpoint import loading
 from billhook.store.files import replace_file, sha256
 from billhook.store.fitting import Stored
 from billhook.store.locate import to_disk
-from billhook.store.shards import Entry, read_shard
+from billhook.store.shards import Entry, file_names, read_shard
 from billhook.store.tensor_bytes import as_stored, exact
 
 
@@ -170,8 +170,7 @@ class SmallerFiles:
 
     def __init__(self, smaller: Smaller) -> None:
         self.smaller, self.entries = smaller, smaller.source.source
-        count = len(smaller.blocks) + 1
-        self.files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        self.files = file_names(len(smaller.blocks) + 1)
         source = smaller.source
         self._block = {name: index for index, names in enumerate(source.names) for name in names}
 

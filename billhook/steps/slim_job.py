@@ -15,8 +15,9 @@ from billhook.methods.structured import STRUCTURED
 from billhook.plan.plan import Plan
 from billhook.plan.unit_counts import Shape
 from billhook.steps.block_choice import BlockChoice
-from billhook.steps.quantize_job import Inputs
-from billhook.steps.record import place, versions, without_folders
+from billhook.steps.facts import versions
+from billhook.steps.inputs import Inputs
+from billhook.steps.record import place, without_folders
 from billhook.steps.request import Opened, Request, calibration_facts
 from billhook.steps.slim_files import Smaller
 from billhook.store.record import Step, append_step

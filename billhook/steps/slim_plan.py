@@ -61,7 +61,7 @@ def dropped_by(plan: Plan, blocks: Sequence[str]) -> dict[str, int]:
 def check_plan(plan: Plan, units: Sequence[Unit], blocks: Sequence[str], shape: str = "") -> Plan:
     """A given plan in which units of the kinds that it names stay whole where it does not name them.
 
-    Raises BillhookError where it is not of these units, or of blocks of these names, or has not the `shape` uniform.
+    Raises BillhookError where it names other units or blocks, or differs by block although the `shape` is uniform.
     """
     known = {unit.name: unit.count for unit in units} | {block_unit(name): 1 for name in blocks}
     if plan.weights or not plan.units:

@@ -137,7 +137,7 @@ def block_bytes(opened: Opened, types: Mapping[str, str]) -> int:
 
 
 def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str, form: GgufForm) -> int:
-    """The size of the GGUF file of the `form` (`Inputs.gguf_form`) in which matrices, by their names on disk, have
+    """The size of the GGUF file of the `form` (`GgufInputs.gguf_form`) in which matrices, by their names on disk, have
     these types.
 
     Raises BillhookError for a model that has no form in such files.

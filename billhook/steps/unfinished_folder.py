@@ -48,7 +48,7 @@ class UnfinishedFolder:
         """The state of the run to resume, or the `new` one, for which everything in the folder is deleted.
 
         Raises BillhookError where the run to resume has another identity, or the output cannot be written; JobError
-        where a new run has not `room` bytes.
+        where a new run lacks `room` bytes.
         """
         state = unfinished_run(self.output, resume=resume, overwrite=overwrite)
         check_output(self.output, source, overwrite=overwrite, needed=room if state is None else 0)

@@ -19,10 +19,10 @@ from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.export import compressed_tensors
 from billhook.plan.plan import Plan
-from billhook.steps.kept import changed_weights
 from billhook.steps.verify_chain import check_chain, check_recovered, step_name
 from billhook.steps.verify_files import check_config, check_files, unlisted_weights
 from billhook.steps.verify_gguf import examine_gguf
+from billhook.steps.verify_source import changed_weights
 from billhook.steps.verify_units import check_units
 from billhook.store import not_a_model
 from billhook.store.arguments import check_argument

@@ -1,4 +1,1 @@
-"""Files on disk: atomic writes, safetensors at byte level, model directories dense and packed.
-
-Imports nothing of Billhook except `errors`.
-"""
+"""Files on disk: atomic writes, safetensors and GGUF at byte level, model directories, records."""

@@ -93,7 +93,7 @@ def empty(tensors: Mapping[str, Stored | Tensor]) -> set[str]:
 def pooling(kind: type, names: Collection[str]) -> dict[str, bool]:
     """Options for a model of class `kind`: without its pooler where the files, with tensors `names`, have none.
 
-    So it is with the checkpoints of models with a head; the score is then that of models without a pooler.
+    Checkpoints of models with a head have none. The score is then that of models without a pooler.
     """
     optional = "add_pooling_layer" in inspect.signature(kind).parameters
     stored = any("pooler" in name.split(".") for name in names)

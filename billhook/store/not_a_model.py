@@ -1,6 +1,4 @@
-"""Say what something is that is given as a model and is no directory of config.json and safetensors, and what makes one
-of it.
-"""
+"""Why a file or directory that is given as a model is none, and how to make one of it."""
 
 import json
 from contextlib import suppress
@@ -32,8 +30,6 @@ def _steps(path: Path) -> list[Any]:
 
 def file(path: Path) -> str:
     """A sentence or two about a file."""
-    if path.suffix == ".gguf":
-        return _gguf(path)
     if path.suffix in _ARCHIVES:
         return f"{path} is an archive: unpack it and give the model directory in it."
     if path.suffix in _PICKLED:
@@ -66,7 +62,7 @@ def directory(path: Path) -> str:
     if "model_index.json" in names:
         return f"{path} is a pipeline of diffusers: give the directory of one of its models."
     if gguf := [name for name in names if name.endswith(".gguf")]:
-        return _gguf(path / gguf[0])
+        return f"{path} holds GGUF files and no safetensors: give one of these files, such as {path / gguf[0]}."
     if pickled := [name for name in names if name.endswith(_PICKLED)]:
         return _pickled(path / pickled[0])
     if "config.json" not in names:
@@ -77,12 +73,6 @@ def directory(path: Path) -> str:
         missing = "no model.safetensors and no model.safetensors.index.json, which says what is in which file"
         return f"{path} holds {weights[0]}, but {missing}: copy or download the missing file."
     return f"{path} has no model.safetensors and no model.safetensors.index.json: the weights are missing."
-
-
-def _gguf(path: Path) -> str:
-    load = f"AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r})"
-    convert = f"{load}.save_pretrained(NEW), and the same with AutoTokenizer"
-    return f"{path} is a GGUF file. Convert it to a directory with transformers (and the package gguf): {convert}"
 
 
 def _pickled(path: Path) -> str:

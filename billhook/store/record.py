@@ -30,7 +30,8 @@ class Step:
     * `made_by.lost.*` (any, optional): what was lost against the model before this step, on held-out text, with the
       fields of [prune --json](json_output.md#billhook-prune); `made_by.lost` is null if it was not measured.
     * `made_by.better_recipe` (string or null, optional): the next recipe that loses less.
-    * `made_by.recipe` (string or null, optional): the recipe that was followed unchanged.
+    * `made_by.recipe` (string or null, optional): the recipe that was followed unchanged; of `recover`, the published
+      one that filled in what was not given.
     * `made_by.quantizer` (string, optional): name of the quantizer.
     * `made_by.quantizer_options.*` (any, optional): its options, defaults filled in.
     * `made_by.imatrix` (string or null, optional): SHA-256 of the importance matrix that was given instead of text.
@@ -58,7 +59,8 @@ class Step:
     * `made_by.device` (string): the kind of device: `cpu` or `cuda`.
     * `made_by.targets` (list of strings, optional): as requested.
     * `made_by.ignore` (list of strings, optional): as requested.
-    * `made_by.budget` (string, optional): whether `each` stack of blocks met the sparsity, or all shared it (`joint`).
+    * `made_by.budget` (string or null, optional): whether `each` stack of blocks met the sparsity, or all shared it
+      (`joint`); of `recover`, the time from which the number of tokens follows.
     * `made_by.stacks` (list of strings, optional): the stacks of blocks: all, language, vision or names.
     * `made_by.calibration.*` (any, optional): the text, as in table.json; `made_by.calibration` is null if none was
       needed.
@@ -70,11 +72,9 @@ class Step:
     * `made_by.epochs` (integer, optional): the most passes over the text in tuning a block.
     * `made_by.objective` (string, optional): name of the objective of `recover`.
     * `made_by.objective_options.*` (any, optional): its options, defaults filled in.
-    * `made_by.recipe` (string or null, optional): the published recipe that filled in what was not given.
     * `made_by.tune` (string, optional): what was trained.
     * `made_by.rank` (integer or null, optional): the rank of adapters.
     * `made_by.tokens` (integer, optional): tokens of text (or positions of images) that were trained on.
-    * `made_by.budget` (string or null, optional): the time from which their number follows.
     * `made_by.rate` (number, optional): the rate; a share of each parameter's root mean square, or of 1 for adapters.
     * `made_by.races.*` (number or null, optional): held-out losses after short runs, by rate; null where not finite.
     * `made_by.steps` (integer, optional): steps of the optimizer.

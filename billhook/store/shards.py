@@ -207,6 +207,11 @@ def write_index(directory: Path, files: Sequence[str]) -> None:
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
 
 
+def file_names(count: int) -> list[str]:
+    """The names of `count` safetensors files of one model."""
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
 def weight_bytes(directory: Path) -> int:
     """The size of all safetensors files of a model directory."""
     return sum(file.stat().st_size for file in weight_files(directory))

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.engine.batch import LABELS
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, first_line
 from billhook.evaluation.scoring import IGNORED
 from billhook.images.corpus import readable
 from billhook.images.pixels import processor_of
@@ -61,7 +61,7 @@ class QuestionReader:
         try:
             found = self.processor(images=images, text=text, return_tensors="pt")
         except (ValueError, TypeError, KeyError, RuntimeError, IndexError) as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            why = first_line(error)
             raise BillhookError(f"{question.name}: the model's processor cannot read it ({why}).") from None
         tensors = {key: value for key, value in found.items() if key in self.keys and isinstance(value, Tensor)}
         return {_TOKENS: tensors.pop(_TOKENS).long(), **tensors}
@@ -89,7 +89,7 @@ class QuestionReader:
         try:
             return str(self.processor.apply_chat_template(messages, tokenize=False, **options))
         except Exception as error:  # of a template, which is a program of its own
-            why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            why = first_line(error)
             raise BillhookError(f"{name}: the model's chat template cannot be applied ({why}).") from None
 
     def _answer_ids(self, prompt: str, answer: str) -> list[int]:

@@ -72,7 +72,7 @@ def existing_file(source: str) -> Path:
         raise BillhookError(f"The name of the text source is empty: is a variable of the shell unset? Give {FORMS}.")
     if path.is_dir():
         found = f"{source} is a directory, and not one that save_to_disk of `datasets` wrote"
-        raise BillhookError(f"{found}: give one of its files, or hub:{source} if they are a data set.")
+        raise BillhookError(f"{found}: give one of its files, or hub:{source} if they are a dataset.")
     if _kind(path) not in (*_TEXT, *_ROWS, ".safetensors"):
         raise BillhookError(f"Unknown text source {source!r}. The forms are: {FORMS}. {_MORE}")
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Calibration data given from Python: token ids, texts, rows of a data set, or any iterable of these.
+"""Calibration data given from Python: token ids, texts, rows of a dataset, or any iterable of these.
 
 Token ids are whole numbers in a tensor, a numpy array or nested lists [windows, length]. A row is a text, a mapping
 with a field `text` or `messages`, token ids [length] or [windows, length], or a mapping with them as `input_ids`. Rows
@@ -45,7 +45,7 @@ def given(data: Given, chat: Chat | None = None) -> str | Tensor | Iterable[str]
         raise BillhookError(f"{_WHO}: found {type(data).__name__}; {_FORMS}.")
     field = _field(getattr(data, "column_names", None) or ())
     if field not in (None, _IDS) and isinstance(data, Sized):
-        return column(data, field, _WHO, chat)  # a data set on disk, which is not read as a whole
+        return column(data, field, _WHO, chat)  # a dataset on disk, which is not read as a whole
     rows = iter(data)
     first: Any = next(rows, _NOTHING)
     if first is _NOTHING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, first_line
 from billhook.text.rows import Chat, document, field_of, warn_of_nulls
 
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
@@ -99,7 +99,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def hub_rows(source: str, purpose: str) -> Any:
-    """All rows of a hub data set, such as of images; raises BillhookError where it cannot be loaded."""
+    """All rows of a hub dataset, such as of images; raises BillhookError where it cannot be loaded."""
     return _loaded(parse(source, purpose), source, False)[0]
 
 
@@ -113,7 +113,7 @@ def _documents(request: Request, source: str, stream: bool, chat: Chat | None) -
 
 
 def _loaded(request: Request, source: str, stream: bool) -> tuple[Any, list[str]]:
-    """The data set and the names of its columns."""
+    """The dataset and the names of its columns."""
     try:
         import datasets
     except ImportError:
@@ -144,8 +144,7 @@ def _load(datasets: Any, request: Request, stream: bool) -> Any:
 
 
 def _failed(source: str, error: Exception) -> BillhookError:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    return BillhookError(f"Cannot load {source}: {line}")
+    return BillhookError(f"Cannot load {source}: {first_line(error, 300)}")
 
 
 def _streamed(loaded: Iterable[dict[str, Any]], field: str, source: str, chat: Chat | None) -> Iterator[str]:

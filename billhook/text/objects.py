@@ -1,7 +1,7 @@
 """Rows with several fields from a SOURCE, such as questions with answers, without torch.
 
 FILE.jsonl                      an object a line
-hub:NAME[:config][:split]       a data set of the Hugging Face hub or a local one
+hub:NAME[:config][:split]       a dataset of the Hugging Face hub or a local one
 rows given from Python          mappings
 """
 
@@ -47,7 +47,7 @@ def without_nulls(rows: list[Row], keys: tuple[str, ...], source: str) -> list[R
 def objects(source: Any, purpose: str, forms: str) -> list[Row]:
     """The rows of a SOURCE or of rows given from Python; `forms` says in messages what a source is.
 
-    `purpose`, calibration or evaluation, decides the default split of a hub data set. Raises BillhookError for a source
+    `purpose`, calibration or evaluation, decides the default split of a hub dataset. Raises BillhookError for a source
     of another kind, for one without rows, and, naming the line, for one that is no object.
     """
     if not isinstance(source, str | Path):

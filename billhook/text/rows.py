@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeGuard
 
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, first_line
 
 Chat = Callable[[list[dict[str, Any]]], str]  # the text of a chat's messages, by a chat template
 TEXT, MESSAGES = "text", "messages"
@@ -70,7 +70,7 @@ def _written(messages: Any, where: str, chat: Chat | None) -> str:
     try:
         return chat([_without_nulls(message) for message in several])
     except Exception as error:  # whatever the template raises
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        why = first_line(error)
         raise BillhookError(f"{where}: the chat template refuses its messages ({why}): correct or remove it.") from None
 
 

@@ -1,9 +1,11 @@
 """Trials of plans of units: parts are removed in full by one plan after another, as `billhook slim` does."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
@@ -12,8 +14,10 @@ from billhook.distributed.collectives import gather
 from billhook.engine.batch import Batch, rows_of
 from billhook.engine.experts import down_projections
 from billhook.engine.loop import LayerResult
-from billhook.engine.removal import Dropped, Removal, changed_layers, dropping, remove_parts_
-from billhook.engine.routing import mixture_of
+from billhook.engine.removal import Dropped, Removal, changed_layers, choose_parts, dropping, remove_parts_
+from billhook.engine.routing import mixture_of, unrestrict_
+from billhook.engine.walk import Block
+from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan
 from billhook.trials.attribution import FLOOR
 from billhook.trials.trials import Runner
@@ -46,17 +50,13 @@ class UnitRunner(Runner):
     def __enter__(self) -> Self:
         super().__enter__()
         self._dropped = self._stack.enter_context(dropping(self.model, self.gone))
-        self._stack.callback(self._open_routers)
+        self._stack.callback(unrestrict_, self.model, self.units)
         return self
 
     def restore_(self) -> None:
         """Put the dense weights back, and let routers know all experts."""
         super().restore_()
-        self._open_routers()
-
-    def _open_routers(self) -> None:
-        for router in self._routers.values():
-            router.__dict__.pop("forward", None)
+        unrestrict_(self.model, self.units)
 
     @torch.no_grad()
     def prune(self, plan: Plan) -> list[LayerResult]:
@@ -66,6 +66,15 @@ class UnitRunner(Runner):
             self.model, self.units, gather(plan)[0].units, self.removal, self.batches,
             experts=self.experts, dropped=self._dropped, gradients=self.dense_gradients,
         )  # fmt: skip
+
+    def choose_parts(self, unit: Unit, count: int, block: Block) -> tuple[Tensor, Tensor, float | None]:
+        """What `billhook.engine.removal.choose_parts` returns for a unit that alone becomes smaller in the dense model,
+        with the statistics of its block."""
+        assert unit.consumer is not None
+        name = unit.consumer.name
+        stats = replace(block.stats.get(name, LayerStats(0, 0)), notes=[])
+        gradient = None if self.dense_gradients is None else self.dense_gradients[name]
+        return choose_parts(unit, count, self.removal.without_target(), stats, gradient)
 
     def attribute(self) -> dict[str, float]:
         """Each unit's share of the divergence of the model as it is now.

@@ -105,3 +105,13 @@ def test_pages_count_the_families_of_the_list():
     }
     assert {name for name, _ in counted} >= {"README.md", "faq.md", "own_model.md"}
     assert {number for _, number in counted} == {row.count("`") // 2}
+
+
+def test_the_page_of_what_to_expect_has_the_memory_of_the_page_of_sizes():
+    sizes = text("docs/SCALE.md")
+    rows = re.findall(rf"^\| (\d+B) \| {NUMBER} GiB \| {NUMBER} GiB \|", text("docs/expect.md"), re.M)
+    (alone,) = re.findall(rf"\({NUMBER} and {NUMBER} GiB\)", text("docs/expect.md"))
+    assert len(rows) == len(alone) == 2
+    for (model, fast, good), admm in zip(rows, alone, strict=True):
+        assert f"| {model} | wanda | {fast} |" in sizes
+        assert re.search(rf"^\| {model} \| admm \| {admm} \| [\d.]+ \| {good} \|$", sizes, re.M)

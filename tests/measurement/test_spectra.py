@@ -19,7 +19,7 @@ from billhook.measurement import METRICS
 from billhook.measurement.eigen import eigenvalues
 from billhook.measurement.tails import Spectrum
 from billhook.measurement.weights import measure_spectra, spectral_metrics
-from billhook.plan.metrics import CURVES, FACTS, fact, sign
+from billhook.plan.metrics import CURVES, FACTS, fact
 
 SPECTRAL = [name for name, known in FACTS.items() if known.spectral]
 
@@ -163,7 +163,7 @@ def test_facts_and_functions_agree() -> None:
     for name in SPECTRAL:
         assert METRICS.paper(name) == FACTS[name].paper
         assert METRICS.get(name).__doc__
-    assert (sign("alpha_peak"), sign("outlier_ratio:5")) == (1, -1)
+    assert (fact("alpha_peak").sign, fact("outlier_ratio:5").sign) == (1, -1)
     assert fact("alpha_peak:repaired").name == "alpha_peak"
 
 

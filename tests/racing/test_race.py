@@ -11,7 +11,7 @@ from billhook.plan.allocators import ALLOCATORS
 from billhook.plan.allocators.atp import largest_beta
 from billhook.plan.table import Row
 from billhook.racing.hyperparameters import COARSE, HYPERPARAMETERS, MIDPOINTS, Space
-from billhook.racing.race import Budget, Problem, Race, Trial, paired_difference
+from billhook.racing.race import Problem, Race, Trial, TrialBudget, paired_difference
 from billhook.tasks import TASKS
 from billhook.trials.trials import Losses
 
@@ -57,7 +57,7 @@ class MadeUp:
         return Losses(found, found)
 
 
-def raced(space: Space, loss: Any, budget: Budget | None = None, windows: int = 16) -> Race:
+def raced(space: Space, loss: Any, budget: TrialBudget | None = None, windows: int = 16) -> Race:
     """A race over made-up losses, functions of the plan's options."""
     race = Race(MadeUp(lambda plan: loss(plan.made_by["allocator"], plan.made_by["options"]), windows))  # type: ignore[arg-type]
     problem = Problem(made_up_table(space.blocks), space.target)
@@ -109,8 +109,8 @@ def test_grid_is_the_published_one():
 
 def test_budgets_bound_new_trials_but_allow_one():
     space = Space(("owl",), {}, 6, 0.5)
-    assert len(raced(space, lambda name, options: 0.0, Budget(trials=3)).trials) == 4
-    assert len(raced(space, lambda name, options: 0.0, Budget(seconds=1e-9)).trials) == 2
+    assert len(raced(space, lambda name, options: 0.0, TrialBudget(trials=3)).trials) == 4
+    assert len(raced(space, lambda name, options: 0.0, TrialBudget(seconds=1e-9)).trials) == 2
 
 
 def test_differences_between_trials_are_paired_over_windows():

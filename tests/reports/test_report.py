@@ -10,11 +10,14 @@ import pytest
 import tiny
 import yaml
 from command import billhook, done
+from transformers import AutoConfig
 
 from billhook import pack, prune, unpack, verify
 from billhook.reports.card import card
 from billhook.reports.page import page
-from billhook.reports.report import load_report
+from billhook.reports.report import load_report, source_metadata
+from billhook.store.checkpoint import read_config
+from billhook.tasks.opening import task_of_config
 
 CARD = """---
 license: apache-2.0
@@ -96,6 +99,29 @@ def test_the_card_has_metadata_that_the_hub_reads(pruned):
     report = load_report(pruned)
     report["model"] = {**report["model"], "name": "owner/name"}
     assert metadata(card(report))["base_model"] == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_class"),
+    [
+        ("llama", "LlamaForCausalLM"),
+        ("bert", "BertForMaskedLM"),
+        ("bert", "BertModel"),
+        ("vit", "ViTForImageClassification"),
+        ("llava", "LlavaForConditionalGeneration"),
+        ("t5", "T5ForConditionalGeneration"),
+        ("bart", "BartForConditionalGeneration"),
+        ("whisper", "WhisperForConditionalGeneration"),
+    ],
+)
+def test_the_pipeline_of_the_card_is_the_task_of_the_model(kind, model_class, pruned):
+    config = AutoConfig.for_model(kind)
+    config.architectures = [model_class]
+    config.save_pretrained(pruned)
+    task = task_of_config(pruned, read_config(pruned))
+    head = source_metadata(pruned)
+    assert head["pipeline_tag"] == task.name
+    assert task.auto_class in card(load_report(pruned) | {"metadata": head})
 
 
 @pytest.mark.parametrize("head", ["license: [", "- a\n- b", "base_model: /home/me/model\nlicense: {a: b}\ntags: 3"])

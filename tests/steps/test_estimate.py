@@ -113,7 +113,7 @@ def test_logits_and_embeddings_count_where_they_are_larger_than_what_a_layer_nee
     def needed(**changes) -> float:
         return peak_bytes(model, layers, "gptq", ("gram",), tokens=4096, resources=STREAMED, **changes)
 
-    assert needed(length=20000, priced=True) - needed(length=20000) == 2 * row
+    assert needed(length=20000, fisher=True) - needed(length=20000) == 2 * row
     assert needed(length=20000, outside=2**20) == needed(length=20000) > needed(length=64) > needed()
     assert needed(outside=2**25) - needed(outside=2**24) == 4 * 4 * 2**24
 

@@ -47,7 +47,7 @@ DIRECTORIES = {
         {"models--owner--name___snapshots___a___config__json": "{}"},
         r"is a cache of the hub: give one of its models by its name on the hub, owner/name\.",
     ),
-    "gguf": ({"model-q4__gguf": "GGUF"}, r"model-q4\.gguf is a GGUF file\. Convert it .*gguf_file='model-q4\.gguf'"),
+    "gguf": ({"a__gguf": "", "b__gguf": ""}, r"holds GGUF files and no safetensors: give one .*, such as .*/a\.gguf\."),
     "mistral": (
         {"params__json": "{}", "consolidated__safetensors": ""},
         "the original format of Mistral or Meta: take",
@@ -81,7 +81,6 @@ def test_a_directory_that_is_no_model_is_named(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("model.gguf", r"model\.gguf is a GGUF file\. Convert it to a directory with transformers"),
         ("model.zip", "is an archive: unpack it and give the model directory in it"),
         ("model.tar.gz", "is an archive"),
         ("pytorch_model.bin", r"pickled weights \(pytorch_model\.bin\)"),

@@ -39,7 +39,7 @@ def test_hidden_files_are_no_images_and_splits_are_no_labels(tmp_path):
     assert [(Path(picture.name).name, picture.label) for picture in found] == [("a.png", "cat"), ("b.PNG", "dog")]
     for split in ("train", "test"):
         shutil.copytree(tmp_path / "images", tmp_path / "both" / split)
-    with pytest.raises(BillhookError, match="both holds the folders of a split data set, such as test: give one"):
+    with pytest.raises(BillhookError, match="both holds the folders of a split dataset, such as test: give one"):
         pictures(str(tmp_path / "both"), "calibration")
 
 

@@ -125,13 +125,13 @@ class TableOf:
         return self._columns[name]
 
 
-@pytest.mark.parametrize("form", ["rows", "table", "data set"])
+@pytest.mark.parametrize("form", ["rows", "table", "dataset"])
 def test_token_ids_come_before_the_chats_that_they_were_made_of(form):
-    """As a data set that was mapped by a tokenizer has them, which needs no tokenizer again."""
+    """As a dataset that was mapped by a tokenizer has them, which needs no tokenizer again."""
     chats = [[{"role": "user", "content": "x"}]] * len(IDS)
     columns = {"messages": chats, "input_ids": IDS.tolist(), "attention_mask": [[1] * 16] * len(IDS)}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    if form == "data set":
+    if form == "dataset":
         data = pytest.importorskip("datasets").Dataset.from_list(rows)
     else:
         data = rows if form == "rows" else TableOf(columns)

@@ -63,7 +63,7 @@ def test_hub_datasets_give_the_same_tokens_as_their_files(tokenizer, local_datas
 def test_the_texts_of_the_papers_are_joined_as_published(
     source, place, field, between, tokenizer, tmp_path, monkeypatch
 ):
-    """A directory that is named and laid out like the data set stands in for the hub."""
+    """A directory that is named and laid out like the dataset stands in for the hub."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / place

@@ -56,7 +56,7 @@ def sources(tmp_path_factory):
 def test_chats_give_the_windows_of_the_text_that_the_template_writes(tokenizer, sources, form, sampling):
     """With one BOS token where the template and the tokenizer both have one."""
     asked = {"samples": 8, "length": 32, "sampling": sampling}
-    text = sources["hub text" if form == "hub" else "text"]  # a data set of the hub is streamed in its order
+    text = sources["hub text" if form == "hub" else "text"]  # a dataset of the hub is streamed in its order
     found = load_calibration(sources[form], tokenizer, **asked)
     assert found.digest == load_calibration(text, tokenizer, **asked).digest
     if isinstance(sources[form], str):

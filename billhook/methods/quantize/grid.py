@@ -32,11 +32,11 @@ class Scales:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def join(cls, scales: Sequence["Scales"]) -> "Scales":
-        """The scales of columns side by side."""
-        parts = {name: torch.cat([s.parts[name] for s in scales], dim=1) for name in scales[0].parts}
+    def join(cls, scales: Sequence["Scales"], dim: int = 1) -> "Scales":
+        """The scales of columns side by side, or of rows (`dim=0`) one below the other."""
+        parts = {name: torch.cat([s.parts[name] for s in scales], dim) for name in scales[0].parts}
         offsets = [s.offset for s in scales if s.offset is not None]
-        return cls(torch.cat([s.scale for s in scales], dim=1), torch.cat(offsets, dim=1) if offsets else None, parts)
+        return cls(torch.cat([s.scale for s in scales], dim), torch.cat(offsets, dim) if offsets else None, parts)
 
 
 @dataclass(frozen=True)

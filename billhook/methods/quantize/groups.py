@@ -69,10 +69,7 @@ class Groups:
 
 def by_rows(fit: Callable[[Tensor, Tensor], Scales], W: Tensor, weight: Tensor) -> Scales:
     """The scales of a block W [out, block], some rows at a time."""
-    found = [fit(rows, weight) for rows in W.split(ROWS)]
-    offsets = [scales.offset for scales in found if scales.offset is not None]
-    parts = {name: torch.cat([scales.parts[name] for scales in found]) for name in found[0].parts}
-    return Scales(torch.cat([scales.scale for scales in found]), torch.cat(offsets) if offsets else None, parts)
+    return Scales.join([fit(rows, weight) for rows in W.split(ROWS)], dim=0)
 
 
 def to_half(x: Tensor) -> Tensor:

@@ -41,12 +41,11 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError, JobError
-from billhook.methods.least_squares import DOUBLE, shift_to_dense, solve_support
+from billhook.methods.least_squares import ATTEMPTS, DOUBLE, shift_to_dense, solve_support
 from billhook.methods.masks import Select
 from billhook.methods.statistics import LayerStats
 from billhook.registry import method
 
-ATTEMPTS = 4  # attempts, each with ten times the damping of the one before
 RAMP = 9  # steps until the sparsity is the plan's
 _WORK = 9216, 3072  # steps times inputs, up to `DOUBLE` inputs and beyond
 _RHO = 0.3, 0.6

@@ -16,6 +16,7 @@ with one Cholesky factorization for all rows.
 (`billhook.methods.least_squares.shift_to_dense`), so that a layer makes up for what was lost before it.
 
 Differences from the published code: the damping is relative; several channels may go in one round.
+
 Limits: inputs that are always zero are removed first. A layer with n inputs needs 2 n² numbers of memory.
 """
 

@@ -96,7 +96,7 @@ def check_budget(sparsity: float | None, pattern: Pattern) -> float:
         if sparsity is None:
             raise BillhookError("Say how much to remove: --sparsity 0.5 removes half of the weights.")
         return check_target(sparsity)
-    implied = (pattern.of - pattern.keep) / pattern.of  # type: ignore[operator]
+    implied = pattern.sparsity
     if sparsity is not None and abs(check_target(sparsity) - implied) > 1e-6:
         raise BillhookError(
             f"{pattern} keeps {pattern.keep} of every {pattern.of}: its sparsity is {implied:g}, not {sparsity:g}."

@@ -34,7 +34,7 @@ from typing import Literal
 
 from billhook.errors import BillhookError
 from billhook.plan.budget import min_max, scale_to
-from billhook.plan.metrics import sign
+from billhook.plan.metrics import fact
 from billhook.plan.table import Table
 from billhook.registry import method
 
@@ -58,7 +58,7 @@ def alphapruning(
     """
     if not 0 <= epsilon <= 1:
         raise BillhookError(f"AlphaPruning's epsilon must be in [0, 1], got {epsilon} (the papers use 0.1 to 0.5).")
-    q = {row.layer: sign(metric) * value for row, value in zip(table, table.column(metric), strict=True)}
+    q = {row.layer: fact(metric).sign * value for row, value in zip(table, table.column(metric), strict=True)}
     if mapping != "layer":
         own = OWN_SHARE if mapping == "mixed" else 0.0
         for rows in table.blocks().values():

@@ -24,7 +24,7 @@ from billhook.errors import BillhookError
 from billhook.plan.budget import min_max
 from billhook.plan.level_allocators.rounding import nearest_types
 from billhook.plan.levels import Levels, Types
-from billhook.plan.metrics import sign
+from billhook.plan.metrics import fact
 from billhook.registry import method
 
 
@@ -40,7 +40,7 @@ def alphapruning(
     if not 0 <= epsilon < 1:
         raise BillhookError(f"AlphaPruning's epsilon must be in [0, 1), got {epsilon} (the papers use 0.1 to 0.5).")
     table = levels.table
-    q = {row.layer: sign(metric) * value for row, value in zip(table, table.column(metric), strict=True)}
+    q = {row.layer: fact(metric).sign * value for row, value in zip(table, table.column(metric), strict=True)}
     if mapping == "block":
         for rows in table.blocks().values():
             q.update(dict.fromkeys((row.layer for row in rows), sum(q[row.layer] for row in rows) / len(rows)))

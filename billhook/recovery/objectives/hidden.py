@@ -1,4 +1,4 @@
-"""Hidden states: those of the dense model after every block, as in SquareHead.
+"""Hidden states: the output of every block is compared with the dense model's, as in SquareHead.
 
     mean over blocks l and windows of  |H_l − H'_l|² / |H'_l|²,   H' of the dense model
 

@@ -2,7 +2,7 @@
 
     KL(P ‖ Q)  +  weight · mean over blocks of |H − H'|² / |H'|²
 
-The sum of [`kl`](objective_kl.md) and [`hidden`](objective_hidden.md). Hidden states help most after a poor pruning,
+The sum of `kl` and `hidden`. Hidden states help most after a poor pruning,
 where predictions alone say little about what is wrong in the first blocks; after a good one they cost nothing.
 
 Measured on babyllama-105 at 60 %: from SparseGPT's 5.64, 41,000 tokens lead to a perplexity of 3.40 without hidden

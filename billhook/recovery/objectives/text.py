@@ -1,7 +1,7 @@
 """Text: the task's own loss, as in ordinary fine-tuning.
 
 The mean negative log-likelihood, in nats, of the next tokens, of masked tokens, or of the classes of images. It needs
-no dense model, and on little text it recovers less than [`kl`](objective_kl.md) does: it learns the text too.
+no dense model, and on little text it recovers less than `kl` does: it learns the text too.
 """
 
 from torch import Tensor

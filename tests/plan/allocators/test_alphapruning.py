@@ -11,7 +11,7 @@ from tables import make_table, relaxed, tables, total
 from billhook.errors import BillhookError
 from billhook.measurement import canonical
 from billhook.plan.allocators import allocate
-from billhook.plan.metrics import FACTS, sign
+from billhook.plan.metrics import FACTS, fact
 from billhook.plan.table import Row, Table
 
 
@@ -24,7 +24,7 @@ def alphapruning_by_hand(
         mates = (
             [x.metrics[metric] for x in table if x.block == row.block] if mapping == "block" else [row.metrics[metric]]
         )
-        q.append(sign(metric) * sum(mates) / len(mates))
+        q.append(fact(metric).sign * sum(mates) / len(mates))
     r = [(x - min(q)) / (max(q) - min(q)) * 2 * epsilon + (1 - epsilon) for x in q]
     n = [row.n for row in table]
     full: set[int] = set()

@@ -11,7 +11,7 @@ import vision_families
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from billhook.errors import BillhookError
-from billhook.steps import opens, quantize
+from billhook.steps import quantization_config, quantize
 from billhook.steps.compress import CompressRequest, check
 
 pytestmark = pytest.mark.gate
@@ -68,7 +68,7 @@ def test_a_refusal_names_what_to_leave_out_and_the_rest_opens(tmp_path):
 
 
 def test_without_accelerate_the_same_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(opens, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantization_config, "find_spec", lambda name: None)
     for family in ("siglip", "vit"):
         built(family, tmp_path / family)
     quantize.quantize(tmp_path / "vit", "int8", tmp_path / "out", quantizer="round")

@@ -1,4 +1,4 @@
-"""Whether stock transformers opens a model whose layers are quantized for compressed-tensors.
+"""The `quantization_config` of a model quantized for compressed-tensors, and whether stock transformers opens it.
 
 The model is loaded as a reader would load it, from tensors without values. What fails is the code of some models:
 initializers that read the weight of a linear layer, which has none while it is packed, and renamings on loading that
