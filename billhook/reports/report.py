@@ -188,7 +188,11 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     found = found if isinstance(found, dict) else {}
     kept = {key: texts for key in _KEPT if (texts := _texts(found.get(key)))}
     kept["base_model"] = [name for name in kept.get("base_model", []) if _HUB_NAME.fullmatch(name)]
-    config = read_json(folder / "config.json", "model configuration") if (folder / "config.json").is_file() else {}
+    config = (
+        read_json(folder / "config.json", "model configuration", own=False)
+        if (folder / "config.json").is_file()
+        else {}
+    )
     names = [str(name) for name in config.get("architectures") or ()]
     tag = next((tag for end, tag in _TAGS.items() for x in names if x.endswith(end)), _TEXT)
     images = tag == "feature-extraction" and ("image_size" in config or "num_channels" in config)
