@@ -103,13 +103,14 @@ def evaluating(model: nn.Module, *, outputs: bool = True) -> Iterator[None]:
     before = {key: getattr(config, key) for key in _OUTPUTS if hasattr(config, key)}
     training = [module for module in model.modules() if module.training]
     model.eval()
-    for key in before:
-        setattr(config, key, _OUTPUTS[key])
+    places = {key: f"_{key}" if f"_{key}" in vars(config) else key for key in before}  # without the checks of setters
+    for key, place in places.items():
+        setattr(config, place, _OUTPUTS[key])
     try:
         yield
     finally:
         for key, value in before.items():
-            setattr(config, key, value)
+            setattr(config, places[key], value)
         for module in training:
             module.training = True
 

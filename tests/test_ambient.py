@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,6 +206,17 @@ def test_settings_of_the_configuration_change_no_result_and_stay(source, setting
     assert digest(tmp_path / "changed") == digest(tmp_path / "plain")
     written = load_model(tmp_path / "changed").config.to_dict()
     assert {key: model.config.to_dict()[key] for key in setting} == {key: written[key] for key in setting} == setting
+
+
+def test_a_configuration_that_asks_for_attentions_changes_no_result(source, tmp_path):
+    changed = shutil.copytree(source, tmp_path / "changed")
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"output_attentions": True}))
+    assert evaluate(load_model(changed), IDS).nll == evaluate(load_model(source), IDS).nll
+    for name, one in {"changed": changed, "plain": source}.items():
+        prune(one, sparsity=0.5, criterion="wanda", calibration=IDS, output=tmp_path / f"out-{name}")
+    assert digest(tmp_path / "out-changed") == digest(tmp_path / "out-plain")
+    assert json.loads((tmp_path / "out-changed" / "config.json").read_text())["output_attentions"]
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -74,7 +74,7 @@ def convert(file: GgufFile, directory: Path) -> None:
             write_weights(file, config, shapes, folder / SINGLE)
         _write_tokenizer(file, folder)
         own: dict[str, Any] = {"architectures": list(class_names("AutoModelForCausalLM")[config["model_type"]])[:1]}
-        (folder / "config.json").write_text(json_text({**full.to_diff_dict(), **own}), encoding="utf-8")
+        (folder / "config.json").write_text(json_text({**full.to_diff_dict(), **own}, own=False), encoding="utf-8")
 
 
 def _write_tokenizer(file: GgufFile, folder: Path) -> None:

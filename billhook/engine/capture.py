@@ -70,13 +70,13 @@ def capture(
     """Capture the calls of all blocks for every batch, and append the inputs of the first block to `hidden`.
 
     The cost is the model's code outside of its blocks, and one run of one block. Raises BillhookError for a model that
-    changes the hidden states between two blocks.
+    changes the hidden states between two blocks, or does not run each block once, one after the other.
     """
     recorder = _Recorder(model, list(blocks), hidden)
     options = call_options(model, base=True)
     with stubbed(blocks, recorder.stub):
         for batch in batches:
-            without_head(model)(**model_inputs(model, batch), **options)
+            recorder.run(without_head(model), {**model_inputs(model, batch), **options})
     return Captured(recorder.calls, partial(returned, recorder.extra))
 
 
@@ -92,17 +92,23 @@ class _Recorder:
         self.extra: Extra = None  # of the block that was run for its form
         self.passed = torch.empty(0)  # the hidden states that the last stub returned
 
+    def run(self, forward: Forward, inputs: Mapping[str, Any]) -> None:
+        """Record the calls of one batch, of which there must be one for each block, in their order."""
+        self.calls.append([])
+        forward(**inputs)
+        self._check_order(len(self.names))
+
     def stub(self, index: int, forward: Forward) -> Forward:
         """A function in place of a block's `forward`; the first one called runs the block once, for its form."""
 
         def note(*args: Any, **kwargs: Any) -> Any:
             states, call = split_call(forward, args, kwargs)
+            self._check_order(index)
             if index == 0:
                 self.hidden.append(states)
-                self.calls.append([])
-            elif states is not self.passed or len(self.calls[-1]) != index:
-                name, between = type(self.model).__name__, f"between {self.names[index - 1]} and {self.names[index]}"
-                raise BillhookError(f"{name} cannot be pruned: it changes the hidden states {between}.")
+            elif states is not self.passed:
+                between = f"between {self.names[index - 1]} and {self.names[index]}"
+                raise self._refusal(f"changes the hidden states {between}")
             if len(self.calls) == 1 and index == 0:
                 result = forward(states, *call.args, **call.kwargs)
                 self.extra = extra_of(result)
@@ -112,6 +118,23 @@ class _Recorder:
             return returned(self.extra, self.passed)
 
         return note
+
+    def _check_order(self, index: int) -> None:
+        """Raise BillhookError unless all blocks before this one, and no others, have been called for the batch."""
+        done = len(self.calls[-1])
+        if index < done:
+            raise self._refusal(f"runs {self.names[index]} again after {self.names[done - 1]}")
+        if index > done:
+            raise self._refusal(f"does not run {self.names[done]}")
+
+    def _refusal(self, what: str) -> BillhookError:
+        return BillhookError(f"{type(self.model).__name__} cannot be pruned: it {what}.")
+
+
+def not_run(name: str) -> BillhookError:
+    """The error for a block whose inputs are needed and which the model does not run."""
+    why = "is not run with these samples, so its inputs are not known"
+    return BillhookError(f"{name} {why}: give images with the text, or choose other blocks with --stacks.")
 
 
 def split_call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

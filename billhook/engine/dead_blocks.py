@@ -21,7 +21,7 @@ from billhook.architectures.config import call_options, predictions
 from billhook.architectures.layers import observable_experts
 from billhook.architectures.stacks import blocks_of, find_stacks, has_one_stack
 from billhook.engine.batch import Batch, model_inputs, select_rows
-from billhook.engine.capture import Forward, extra_of, returned, stubbed
+from billhook.engine.capture import Forward, extra_of, not_run, returned, stubbed
 from billhook.engine.replay import states_of
 from billhook.errors import BillhookError
 
@@ -47,10 +47,7 @@ def dead_blocks(model: PreTrainedModel, batch: Batch, wanted: Collection[int]) -
                     "Leave one of them out."
                 )
         if missing := sorted(set(wanted) - set(ran)):
-            raise BillhookError(
-                f"{names[missing[0]]} is not run with these samples, so its inputs are not known: give images with the "
-                "text, or choose other blocks with --stacks."
-            )
+            raise not_run(names[missing[0]])
         for stack in find_stacks(model)[:-1]:  # predictions are made of the outputs of the last one
             first, last = last + 1, last + len(stack.blocks)
             for index in range(last, first - 1, -1):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.layers import Layer, find_layers, with_linear
 from billhook.distributed.collectives import broadcast_, gather, shard, world
 from billhook.engine.batch import Batch
+from billhook.engine.capture import not_run
 from billhook.engine.method import Treatment
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, Progress, walk
@@ -120,6 +121,8 @@ def apply_plan_(
     for block in blocks:
         block = replace(block, layers=[layer for layer in block.layers if layer.name in shapes])
         empty: dict[str, Tensor] = {}
+        if samples and not block.calls and any(layer.name in plan.weights for layer in block.layers):
+            raise not_run(block.name)
         if tuner is not None and block.layers:
             tuner.note(block)
             typed = [x for x in block.layers if x.name in plan.weights and plan.weights[x.name].type is not None]

@@ -21,7 +21,7 @@ from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import shard
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, as_batches, rows_of
-from billhook.engine.capture import predictor, predicts_tokens
+from billhook.engine.capture import not_run, predictor, predicts_tokens
 from billhook.engine.dense_stream import DenseStream, Stage
 from billhook.engine.flow import flow_of
 from billhook.engine.observer import Observer
@@ -71,6 +71,13 @@ class Block:
     stream: DenseStream | None
     following: Following
     last: bool
+
+    def stats_of(self, layer: Layer) -> LayerStats:
+        """The statistics of a layer of a read-only walk; raises BillhookError where the model does not run the
+        block."""
+        if layer.name not in self.stats:
+            raise not_run(self.name)
+        return self.stats[layer.name]
 
     @property
     def dense(self) -> Sequence[Tensor] | ActivationStore:

@@ -61,7 +61,7 @@ def error_curve(
     statistics = tuple(dict.fromkeys((*needs, "input_norm")))
     for block in walk(model, batches, statistics, layers=layers, read_only=True, resources=resources):
         for layer in block.layers:
-            errors = _errors(layer, block.stats[layer.name], criterion, options)
+            errors = _errors(layer, block.stats_of(layer), criterion, options)
             curves[layer.name] = curve_through(TRIED, errors)
     return curves
 

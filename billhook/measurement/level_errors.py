@@ -11,7 +11,7 @@ the same input (query, key and value; gate and up) share it, and their rows are 
 is in memory if the model is streamed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.layers import Layer
 from billhook.engine.batch import Batch, main_input
 from billhook.engine.resources import IN_MEMORY, Resources
-from billhook.engine.walk import Progress, walk
+from billhook.engine.walk import Block, Progress, walk
 from billhook.measurement.error_curves import finite
 from billhook.methods.least_squares import inverse_factor
 from billhook.methods.quantize.gptq import feedback, noise_share
@@ -65,8 +65,8 @@ def level_errors(
     wanted = {layer.name for layer in layers} - found.errors.keys()
     tokens = sum(main_input(model, batch).shape[:2].numel() for batch in batches)
     for block in walk(model, batches, ("gram",), read_only=True, resources=resources):
-        for group in _same_input([layer for layer in block.layers if layer.name in wanted], block.stats):
-            _measure(group, block.stats[group[0].name], tokens, menus, scale_dtype, found)
+        for group in _same_input(block, wanted):
+            _measure(group, block.stats_of(group[0]), tokens, menus, scale_dtype, found)
             for layer in group:
                 progress(layer.name)
         if any(layer.name in wanted for layer in block.layers):
@@ -74,11 +74,11 @@ def level_errors(
     return found
 
 
-def _same_input(layers: Sequence[Layer], stats: Mapping[str, LayerStats]) -> list[list[Layer]]:
-    """The layers of a block in groups that share one Gram matrix."""
+def _same_input(block: Block, wanted: Collection[str]) -> list[list[Layer]]:
+    """The `wanted` layers of a block, by name, in groups that share one Gram matrix."""
     groups: dict[int, list[Layer]] = {}
-    for layer in layers:
-        gram = stats[layer.name].gram
+    for layer in (layer for layer in block.layers if layer.name in wanted):
+        gram = block.stats_of(layer).gram
         assert gram is not None
         groups.setdefault(gram.data_ptr(), []).append(layer)
     return list(groups.values())

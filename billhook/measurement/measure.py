@@ -105,7 +105,7 @@ def _measure_inputs(block: Block, columns: Sequence[str], values: Values) -> lis
     layers = [layer for layer in block.layers if layer.name in values]
     for name in columns if layers else ():
         for group in [layers] if fact(name).block else [[layer] for layer in layers]:
-            norms = [block.stats[layer.name].input_norm for layer in group]
+            norms = [block.stats_of(layer).input_norm for layer in group]
             value = function_of(name)([layer.weight for layer in group], norms, **options_of(name))
             for layer in group:
                 values[layer.name][name] = value

@@ -188,7 +188,8 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     found = found if isinstance(found, dict) else {}
     kept = {key: texts for key in _KEPT if (texts := _texts(found.get(key)))}
     kept["base_model"] = [name for name in kept.get("base_model", []) if _HUB_NAME.fullmatch(name)]
-    config = read_json(folder / "config.json", "model configuration") if (folder / "config.json").is_file() else {}
+    path = folder / "config.json"
+    config = read_json(path, "model configuration", own=False) if path.is_file() else {}
     kept["pipeline_tag"] = [_pipeline(config)]
     return {key: texts if key == "tags" or len(texts) > 1 else texts[0] for key, texts in kept.items() if texts}
 

@@ -265,7 +265,7 @@ def write_decoded(
     names = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
     known = config.get("dtype", config.get("torch_dtype"))
     dtypes = {} if dtype is None and known is None else {"dtype": known if dtype is None else names[dtype]}
-    write_json(folder / "config.json", without_missing_entry({**own, **dtypes}, folder))
+    write_json(folder / "config.json", without_missing_entry({**own, **dtypes}, folder), own=False)
 
 
 def _dense_layers(before: Record, folder: Path) -> dict[str, dict[str, Any]]:

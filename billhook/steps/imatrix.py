@@ -30,7 +30,7 @@ def make_imatrix(opened: Opened, output: Path, progress: Progress = lambda layer
     sums: dict[str, tuple[Tensor, int]] = {}
     for block in walk(opened.model, opened.batches, ("input_norm",), read_only=True, resources=opened.resources):
         for layer in block.layers:
-            stats = block.stats[layer.name]
+            stats = block.stats_of(layer)
             if layer.name in places and stats.input_norm is not None:
                 squares = stats.input_norm.float().cpu() ** 2 * stats.sequences
                 pieces = places[layer.name].get("pieces", [places[layer.name]])

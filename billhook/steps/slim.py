@@ -235,7 +235,7 @@ def _finish(job: SlimJob, files: SmallerFiles, source: Path) -> Callable[[Path],
     def finish(folder: Path) -> Mapping[str, Any]:
         write_index(folder, files.files)
         config = read_json(source / "config.json", "model configuration", own=False)
-        write_json(folder / "config.json", without_missing_entry({**config, **job.config}, folder))
+        write_json(folder / "config.json", without_missing_entry({**config, **job.config}, folder), own=False)
         dtype, device = job.opened.model.dtype, str(job.opened.model.device)
         written = open_streamed(folder, job.opened.task.auto_class, dtype=dtype, device=device)
         check_same_predictions(job.opened, written.model, job.smaller.blocks)

@@ -19,10 +19,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.errors import BillhookError
-from billhook.store import not_a_model
+from billhook.store import fitting, not_a_model
 from billhook.store.compute import chosen_device, chosen_dtype
 from billhook.store.files import digest_of, in_one_line, read_json, repair, sha256, untrusted
-from billhook.store.fitting import check_complete, check_fits, empty, empty_model, pooling, stored_tensors
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import EXPLICIT, read_shard, weight_files
 from billhook.store.typed_json import typed
@@ -161,12 +160,13 @@ def load(
     dtype = chosen_dtype(dtype, device, path)
     with loading(path):
         shards = [read_shard(file) for file in weight_files(path)]
-        unfilled = empty_model(path, shards, auto_class, trust_remote_code)[1]
+        unfilled = fitting.empty_model(path, shards, auto_class, trust_remote_code)[1]
         if not is_compressed(config):
-            check_fits(path, unfilled, shards)
+            fitting.check_fits(path, unfilled, shards)
+        given = fitting.hidden_weights(path, unfilled, shards)
         model = from_pretrained(
-            type(unfilled), path, path, dtype=dtype,
-            local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code,
+            type(unfilled), path, None if given else path, dtype=dtype,
+            local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code, **given,
         )  # fmt: skip
         if is_compressed(config):  # otherwise they are decoded at the first forward pass
             quantizer: Any = model.hf_quantizer
@@ -184,9 +184,9 @@ def from_pretrained(
 
     Mixture-of-experts models get the `eager` implementation, whose experts are called one by one.
     """
-    stored = options.get("state_dict") or stored_tensors([read_shard(file) for file in weight_files(path)])
-    no_values = empty(stored)
-    options |= pooling(kind, stored)
+    stored = options.get("state_dict") or fitting.stored_tensors([read_shard(file) for file in weight_files(path)])
+    no_values = fitting.empty(stored)
+    options |= fitting.pooling(kind, stored)
     model, info = kind.from_pretrained(
         source,
         dtype=dtype,
@@ -195,7 +195,7 @@ def from_pretrained(
         ignore_mismatched_sizes=True,  # reported by name in `info` instead of by an obscure error
         **options,
     )
-    check_complete(path, info, model, no_values)
+    fitting.check_complete(path, info, model, no_values)
     loaded: PreTrainedModel = model
     return loaded
 

@@ -89,9 +89,9 @@ def complete(
     checksums. `config` are new entries of config.json. See `save_pruned`."""
     if source is not None:
         copy_others(source, folder)  # they replace those of `save_pretrained`
-    copied = read_json(folder / "config.json", "model configuration", own=bool(config))
+    copied = read_json(folder / "config.json", "model configuration", own=False)
     if (fitting := without_missing_entry({**copied, **(config or {})}, folder)) != copied:
-        write_json(folder / "config.json", fitting)
+        write_json(folder / "config.json", fitting, own=False)
     files = checksums(folder)
     if record is not None:
         layers = _found_on_disk(model, record.get("layers", {}), folder)

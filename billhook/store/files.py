@@ -97,9 +97,9 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_bytes(encoded(text)))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, own: bool = True) -> None:
     """Write `value` as `json_text`, atomically."""
-    write_text(path, json_text(value))
+    write_text(path, json_text(value, own=own))
 
 
 def encoded(text: str) -> bytes:
@@ -110,9 +110,10 @@ def encoded(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def json_text(value: Any, indent: int | None = 1) -> str:
-    """`value` as json (in one line if `indent` is None) with a final newline; NaN and infinity are refused."""
-    return encoded(json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)).decode() + "\n"
+def json_text(value: Any, indent: int | None = 1, *, own: bool = True) -> str:
+    """`value` as json (in one line if `indent` is None) with a final newline; NaN and infinity are refused, except in
+    files that are not Billhook's `own`, such as configurations that set a limit to Infinity."""
+    return encoded(json.dumps(value, indent=indent, allow_nan=not own, ensure_ascii=False)).decode() + "\n"
 
 
 def copy_files(source: Path, folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from billhook.errors import BillhookError
-from billhook.store.shards import Entry, Shard
+from billhook.store.files import untrusted
+from billhook.store.shards import Entry, Shard, lacks_metadata, weights_index
 from billhook.store.tensor_bytes import DTYPES, read_tensor
 
 _COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes in which a model can be built
@@ -58,6 +60,7 @@ def empty_model(
 ) -> tuple[Any, PreTrainedModel]:
     """The configuration of a directory with the files `shards`, and its model on the meta device, without values."""
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    _check_generation(path / "generation_config.json")
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None and getattr(part, "dtype", None) not in _COMPUTED:  # such as that of codes
             part.dtype = None
@@ -69,11 +72,29 @@ def empty_model(
         return config, model
 
 
+def _check_generation(file: Path) -> None:
+    """Raise BillhookError for a generation configuration with which `transformers` would not open the output; one that
+    is no JSON is ignored there."""
+    if file.is_file():
+        with untrusted(f"transformers cannot load {file}", "Repair or remove it."), suppress(OSError):
+            transformers.GenerationConfig.from_pretrained(file.parent, local_files_only=True)
+
+
+def hidden_weights(path: Path, model: PreTrainedModel, shards: Sequence[Shard]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` where a file beside whole weights keeps `transformers` from reading them: the
+    configuration of an adapter that was merged, or an index without `metadata`."""
+    index = weights_index(path)
+    if not (path / "adapter_config.json").is_file() and (index is None or not lacks_metadata(index)):
+        return {}
+    return {"config": model.config, "state_dict": stored_tensors(shards, stored_tensors(shards))}
+
+
 def check_fits(path: Path, model: PreTrainedModel, shards: Sequence[Shard]) -> None:
     """Raise BillhookError unless the files fill `model`, which is on the meta device and stays there, exactly."""
     mapping: Any = get_model_conversion_mapping(model)
     options = LoadStateDictConfig(weight_mapping=mapping, ignore_mismatched_sizes=True)
     stored = stored_tensors(shards)
+    _check_types(path, model, stored)
     info, _ = convert_and_load_state_dict_in_model(model, stored, options)
     model.mark_tied_weights_as_initialized(info)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
@@ -82,6 +103,10 @@ def check_fits(path: Path, model: PreTrainedModel, shards: Sequence[Shard]) -> N
         wrapper = "a wrapper such as torch.compile or DataParallel writes it"
         advice = "save the model inside the wrapper, or take the prefix off the names"
         raise BillhookError(f"All tensors of {path} have the prefix {prefix!r} ({wrapper}): {advice}.")
+    if info.missing_keys and (part := _inserted_part(model, stored)):
+        wrapper = "a wrapper of modules, such as torch.compile or checkpointing of activations, writes it"
+        advice = "save the modules inside the wrapper, or take it out of the names"
+        raise BillhookError(f"Names of tensors of {path} have the part {part!r} ({wrapper}): {advice}.")
     check_complete(path, info.to_dict(), model, empty(stored))
 
 
@@ -109,6 +134,33 @@ def _common_prefix(model: PreTrainedModel, names: Collection[str]) -> str | None
         if all(x.startswith(prefix) for x in names) and any(x.removeprefix(prefix) in known for x in names):
             return prefix
     return None
+
+
+def _inserted_part(model: PreTrainedModel, names: Collection[str]) -> str | None:
+    """A part of `names`, between dots, without which all names that have it are those of the model; else None."""
+    known = model.state_dict().keys()
+    strange = {part for name in names for part in name.split(".")} - {
+        part for name in known for part in name.split(".")
+    }
+    for part in sorted(strange):
+        without = [[x for x in name.split(".") if x != part] for name in names if part in name.split(".")]
+        if all(".".join(parts) in known for parts in without):
+            return part
+    return None
+
+
+def _check_types(path: Path, model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
+    """Raise BillhookError for integers in the place of a matrix of the model: they are the codes of a quantized one."""
+    kinds: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, tensor in model.state_dict().items():
+        kinds[tensor.is_floating_point()].add(name.rpartition(".")[2])
+    for name, found in stored.items():
+        last = name.rpartition(".")[2]
+        if found.is_floating_point() or len(found.shape) < 2 or is_buffer(name):
+            continue
+        if last in kinds[True] - kinds[False]:
+            codes = "which are codes of a quantized model without their configuration, or a mask"
+            raise BillhookError(f"{path}: {name} holds {found.entry.dtype}, {codes}: start from the original weights.")
 
 
 def check_complete(

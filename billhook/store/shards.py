@@ -190,12 +190,16 @@ def without_missing_entry(config: Mapping[str, Any], folder: Path) -> dict[str, 
     return {key: value for key, value in config.items() if not (lacks and key == EXPLICIT)}
 
 
+def lacks_metadata(index: Path) -> bool:
+    """Whether an index has no object `metadata`, without which `transformers` cannot open a directory."""
+    return not isinstance(read_json(index, "safetensors index", own=False).get("metadata"), dict)
+
+
 def copy_index(index: Path, folder: Path, size: int) -> None:
-    """Copy an index into `folder`, with `metadata` of the `size` of all tensors where it lacks that object, without
-    which `transformers` cannot open a directory."""
+    """Copy an index into `folder`, with `metadata` of the `size` of all tensors where it lacks that object."""
     shutil.copyfile(index, folder / index.name)
-    found = read_json(index, "safetensors index", own=False)
-    if not isinstance(found.get("metadata"), dict):
+    if lacks_metadata(index):
+        found = read_json(index, "safetensors index", own=False)
         write_json(folder / index.name, {**found, "metadata": {"total_size": size}})
 
 

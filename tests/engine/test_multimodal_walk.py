@@ -6,7 +6,7 @@ import torch
 from multimodal_families import FAMILIES, batch, build
 from walked import check_walk
 
-from billhook import BillhookError, prune
+from billhook import BillhookError, allocate, measure, prune, prune_
 from billhook.architectures.layers import find_layers
 from billhook.architectures.stacks import blocks_in, blocks_of
 from billhook.engine.dead_blocks import dead_blocks
@@ -100,3 +100,16 @@ def test_each_stack_meets_the_sparsity_or_all_share_it():
     assert zeros["each", "visual"] == pytest.approx(0.6, abs=1e-3)
     assert zeros["each", "language_model"] == pytest.approx(0.6, abs=1e-3)
     assert abs(zeros["joint", "visual"] - zeros["joint", "language_model"]) > 0.01
+
+
+def test_statistics_of_blocks_that_text_alone_does_not_reach_are_refused_by_name():
+    model, text = build("llava"), {"input_ids": batch("llava", 2)["input_ids"][:, -8:]}
+    tower = [layer for layer in find_layers(model) if layer.name.startswith("model.vision_tower")]
+    given = {"batches": text, "layers": [layer for layer in find_layers(model) if layer not in tower]}
+    assert measure(model, "wanda_mean", **given).rows
+    with pytest.raises(BillhookError, match=r"^model\.vision_tower\.encoder\.layers\.0 is not run with these samples"):
+        measure(model, "wanda_mean", batches=text)
+    before = [layer.weight.clone() for layer in tower]
+    with pytest.raises(BillhookError, match="is not run with these samples"):
+        prune_(model, allocate(measure(model, []), 0.5), criterion="wanda", batches=text)
+    assert all(torch.equal(layer.weight, old) for layer, old in zip(tower, before, strict=True))

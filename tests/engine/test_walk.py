@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import VOCABULARY, build
 
+from billhook import BillhookError, measure
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.capture import single_row_calls
 from billhook.engine.replay import run_block
@@ -67,3 +68,30 @@ def test_some_rows_of_a_batch_are_replayed_with_their_own_arguments(family: str)
             part = call.part(rows, one[block.index], inputs.dtype)
             found = run_block(block.module, inputs[rows], part)
             torch.testing.assert_close(found, outputs[rows], rtol=1e-4, atol=1e-5)
+
+
+class Twice(torch.nn.ModuleList):
+    """Blocks through which a model runs twice, as looped transformers do."""
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        return [*found, *found] if isinstance(key, slice) else found
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("runs all twice", "runs model.layers.0 again after model.layers.3"),
+        ("leaves out the last", "does not run model.layers.2"),
+    ],
+)
+def test_a_model_that_does_not_run_each_block_once_is_refused_by_name(case: str, message: str) -> None:
+    model = build("llama")
+    if case == "runs all twice":
+        model.model.layers = Twice(model.model.layers)
+    else:
+        model.config.num_hidden_layers = 2
+    with pytest.raises(BillhookError, match=f"LlamaForCausalLM cannot be pruned: it {message}"):
+        next(walk(model, batches(), ("input_norm",)))
+    with pytest.raises(BillhookError, match=message):
+        measure(model, "wanda_mean", batches=batches()[0])

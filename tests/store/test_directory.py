@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import billhook
 from billhook.errors import JobError
 from billhook.steps.export import export_dense
+from billhook.steps.slim import slim
 from billhook.steps.verify import verify
 from billhook.store import checkpoint
 from billhook.store.checkpoint import load_tokenizer, quiet
@@ -208,6 +209,19 @@ def test_side_files_that_would_stop_the_output_from_loading_are_changed(metadata
     model = AutoModelForCausalLM.from_pretrained(output)
     assert sum(int((p == 0).sum()) for p in model.parameters()) > 0
     assert not (output / "adapter_config.json").exists()
+
+
+def test_a_configuration_with_infinity_is_kept(tmp_path: Path):
+    """Mamba 2's limit of time steps is written like this."""
+    source = tiny.save(tmp_path / "source", words=False)
+    config = json.loads((source / "config.json").read_text()) | {"time_step_limit": [0.0, float("inf")]}
+    (source / "config.json").write_text(json.dumps(config | {"transformers_weights": "model.safetensors"}))
+    billhook.prune(source, sparsity=0.5, criterion="magnitude", output=tmp_path / "pruned")
+    slim(source, 0.2, tmp_path / "slim", units="channels", method="magnitude")
+    for name in ("pruned", "slim"):
+        written = json.loads((tmp_path / name / "config.json").read_text())
+        assert written["time_step_limit"] == [0.0, float("inf")]
+        assert verify(tmp_path / name).ok
 
 
 MODULES = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]

@@ -9,6 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
@@ -49,6 +50,52 @@ def test_a_prefix_of_all_names_is_named_before_anything_is_loaded(prefix, kind, 
     for opening in (load_model, open_streamed):
         with pytest.raises(BillhookError, match=f"All tensors of .*m have the prefix '{prefix}'.*take the prefix off"):
             opening(model)
+
+
+@pytest.mark.parametrize("wrapped", ["model.layers.0", "model", "self_attn"])
+@pytest.mark.parametrize("part", ["_orig_mod", "_checkpoint_wrapped_module"])
+def test_a_part_that_a_wrapper_of_modules_puts_into_names_is_named(part, wrapped, tmp_path):
+    model = changed(tmp_path / "m", lambda w: {k.replace(f"{wrapped}.", f"{wrapped}.{part}."): v for k, v in w.items()})
+    for opening in (load_model, open_streamed):
+        with pytest.raises(BillhookError, match=f"have the part '{part}'.*take it out of the names"):
+            opening(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize("name", [f"{LAST}mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_codes_without_a_configuration_are_refused_before_anything_is_loaded(name, dtype, tmp_path):
+    model = changed(tmp_path / "m", lambda weights: weights | {name: (weights[name] * 100).to(dtype)})
+    for opening in (load_model, open_streamed):
+        with pytest.raises(BillhookError, match=rf"{name} holds (I8|U8|BOOL), which are codes of a quantized model"):
+            opening(model)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"do_sample": true, "max_new_tokens": "x"}'])
+def test_a_generation_configuration_that_stops_the_output_from_opening_is_named(content, tmp_path):
+    model = tiny.save(tmp_path / "m", words=False)
+    (model / "generation_config.json").write_text(content)
+    for opening in (load_model, open_streamed):
+        with pytest.raises(BillhookError, match=r"cannot load .*generation_config.json.*Repair or remove it"):
+            opening(model)
+    (model / "generation_config.json").write_text("{")  # `transformers` ignores it
+    assert prune(model, sparsity=0.5, criterion="magnitude", output=tmp_path / "out").sparsity == 0.5
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("beside", ["index", "adapter"])
+def test_weights_that_a_file_beside_them_hides_from_transformers_are_read(beside, tmp_path):
+    model = tiny.save(tmp_path / "m", words=False, shard="50kB" if beside == "index" else "1GB")
+    expected = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    if beside == "index":
+        index = model / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    else:
+        (model / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}')
+    for dtype in ("float32", "bfloat16"):
+        found = load_model(model, dtype=dtype).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value.to(found[name].dtype)) for name, value in expected.items())
+        assert {value.dtype for value in found.values()} == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize(
