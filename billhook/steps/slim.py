@@ -6,7 +6,7 @@ stopped can be resumed to the same bytes. Before the directory is put in its pla
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -73,9 +73,9 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
     STRUCTURED.check(request.method)
     given = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     kinds = kinds_of(request.units) if given is None else kinds_in(given)
+    EXPERTS.check(request.experts)
     allocation, options = UnitAllocation.of(request, kinds)
     removal = Removal(request.method, options)
-    EXPERTS.check(request.experts)
     if (given is None) == (request.remove is None):
         raise BillhookError("Give either the fraction of the parameters in blocks to remove, or a plan of kept parts.")
     if request.remove is not None and not 0 < request.remove < 1:
@@ -86,11 +86,7 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
             "or name other kinds of units too. drop_by says how blocks are chosen."
         )
     choosing = given is None and bool({"blocks", AUTO} & set(kinds) or allocation.needs_text)
-    used = kinds != ["experts"] and bool(removal.observed or removal.gradient)
-    reads = {f"Removing units with {request.method}": used}
-    reads |= {"Removing experts": "experts" in kinds, "Choosing what goes": choosing}
-    reader = next((who for who, reads_text in reads.items() if reads_text), "")
-    check_text_given(request.opening(), bool(reader), reader)
+    _check_text_given(request, kinds, removal, choosing)
     opened = open_model(request.opening(), streamed=True)
     stream = opened.resources.stream
     if stream is None or opened.source is None:
@@ -111,6 +107,15 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
         plan = choose_plan(request, opened, kinds, removal, allocation, progress)
     plan = gather(plan)[0]  # that of process 0, because sums differ in their last bits
     return _checked_job(request, opened, removal, plan, progress)
+
+
+def _check_text_given(request: SlimRequest, kinds: Sequence[str], removal: Removal, choosing: bool) -> None:
+    """Raise BillhookError where something reads text, and there is none."""
+    used = list(kinds) != ["experts"] and bool(removal.observed or removal.gradient)
+    reads = {f"Removing units with {request.method}": used, "Removing experts": "experts" in kinds}
+    reads |= {"Choosing what goes": choosing}
+    reader = next((who for who, reads_text in reads.items() if reads_text), "")
+    check_text_given(request.opening(), bool(reader), reader)
 
 
 def _output(request: SlimRequest) -> Path:

@@ -89,10 +89,3 @@ def test_slim_takes_it_as_an_allocator_and_never_ends_behind_uniform_on_held_out
     assert tried[plan.made_by["racing"]["best"]] == min(tried["uniform"], tried["rco"])
     with pytest.raises(BillhookError, match="steps=0"):
         prepare(SlimRequest(source, tmp_path / "out", 0.25, options={"steps": 0}, **given))
-
-
-def test_where_one_kind_has_one_number_nothing_is_tried(tmp_path):
-    source = tiny.save(tmp_path / "model", tiny.mixtral(), words=False)
-    given = {"units": "experts", "calibration": IDS, "allocator": "rco", "shape": "uniform"}
-    plan = prepare(SlimRequest(source, tmp_path / "out", 0.2, **given)).plan
-    assert plan.made_by["allocator"] == "uniform"
