@@ -8,10 +8,10 @@ two depths.
 
 Each command runs in its own process with `RLIMIT_AS` set, as `ulimit -v` does. This limits all address space, libraries
 and thread stacks included, so it is stricter than a limit on resident memory, and it needs no privileges. `peak` is the
-largest resident set (VmHWM), `space` the largest address space (VmPeak). `bound`, for commands without Gram matrices, is
-embeddings + head + 3 blocks + hidden states + 500 MB. The weights are slices of one random tensor; the memory does not
-depend on their values. A full spectrum of every layer takes hours on two cores, so `alpha` is measured on one layer of
-the first and of the last block, and `outliers`, a metric of activations, on all layers.
+largest resident set (VmHWM), `space` the largest address space (VmPeak). `bound`, for commands without Gram matrices,
+is embeddings + head + 3 blocks + hidden states + 500 MB. The weights are slices of one random tensor; the memory does
+not depend on their values. A full spectrum of every layer takes hours on two cores, so `alpha` is measured on one layer
+of the first and of the last block, and `outliers`, a metric of activations, on all layers.
 """
 
 import argparse
