@@ -67,8 +67,8 @@ def measure(options: argparse.Namespace, case: str, dense: dict[str, Any]) -> di
         command, *how = CASES[case]
         billhook(command, str(options.model), *how, *text, "--samples", "32", "--output", str(pruned))
         before = scores(options, pruned, data)
-        words = [str(pruned), *text, "--tokens", str(options.tokens), "--output", str(better)]
-        _, minutes, memory = billhook("recover", *words)
+        words = [*text, "--teacher", str(options.model), "--tokens", str(options.tokens), "--output", str(better)]
+        _, minutes, memory = billhook("recover", str(pruned), *words)
         after = scores(options, better, data)
     return {"before": before, "after": after, "dense": dense, "minutes": minutes, "memory": memory}
 
