@@ -182,7 +182,7 @@ class _Runner:
             **{key: found[key] for key in ("token_ppl", "nll", *SCORES) if key in found},
             "achieved": sum(r.zeros for r in results) / sum(r.n for r in results),
             "sparsity_by_block": _by_block(opened, plan),
-            "error_by_block": block_errors(model, self._batch, self._dense),
+            "error_by_block": block_errors(block_outputs(model, self._batch), self._dense),
             "notes": [f"{r.layer}: {note}" for r in results for note in r.notes],
         }
 

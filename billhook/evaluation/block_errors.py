@@ -44,9 +44,14 @@ def block_outputs(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
     return [torch.cat(parts) for parts in outputs]
 
 
-def block_errors(model: PreTrainedModel, batch: Batch, dense: Sequence[Tensor]) -> list[float]:
-    """The relative squared error of each block's output; `dense` is what `block_outputs` gave for the dense model."""
+def block_errors(outputs: Sequence[Tensor], dense: Sequence[Tensor]) -> list[float] | None:
+    """The relative squared error of each block's output, for what `block_outputs` gives for a model and the dense one.
+
+    None where one of them has other blocks, as after whole blocks were removed.
+    """
+    if [y.shape for y in outputs] != [x.shape for x in dense]:
+        return None
     return [
         float((y - x).square().sum(dtype=torch.float64) / x.square().sum(dtype=torch.float64))
-        for y, x in zip(block_outputs(model, batch), dense, strict=True)
+        for y, x in zip(outputs, dense, strict=True)
     ]

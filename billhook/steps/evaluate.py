@@ -181,7 +181,8 @@ def _token(
     record["source"] = source_name(record["source"])
     if dense is not None:
         batch = scoring.batch(windows.ids)
-        record["against"]["error_by_block"] = block_errors(model, batch, block_outputs(dense, batch))
+        errors = block_errors(block_outputs(model, batch), block_outputs(dense, batch))
+        record["against"] |= {} if errors is None else {"error_by_block": errors}
     return record
 
 

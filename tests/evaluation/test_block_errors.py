@@ -17,7 +17,7 @@ def errors(plan):
     model = llama()
     dense = block_outputs(model, TOKENS)
     prune_(model, plan, criterion="magnitude", batches=[])
-    return block_errors(model, TOKENS, dense)
+    return block_errors(block_outputs(model, TOKENS), dense)
 
 
 def test_outputs_are_the_hidden_states_after_each_block():

@@ -7,12 +7,14 @@ import families
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from billhook import prune
 from billhook.errors import BillhookError, Interrupted
 from billhook.plan.plan import Budget, Plan
+from billhook.steps.evaluate import EvalConfig, evaluate_model
 from billhook.steps.slim import SlimRequest, prepare, run, slim
 from billhook.steps.slim_estimate import estimate_slim
 from billhook.steps.verify import verify
@@ -21,6 +23,18 @@ pytestmark = pytest.mark.gate
 IDS = torch.randint(2, 96, (6, 24), generator=torch.Generator().manual_seed(0))
 BY_MAGNITUDE = {"method": "magnitude", "calibration": IDS}
 MIXTURES = [pytest.param("mixtral"), *(pytest.param(f, marks=pytest.mark.nightly) for f in ("qwen3_moe", "gpt_oss"))]
+
+
+def test_a_model_with_fewer_blocks_is_compared_with_the_dense_one(tmp_path):
+    source = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=3), words=False)
+    small = slim(source, 0.34, tmp_path / "out", units="blocks", **BY_MAGNITUDE).output
+    save_file({"tokens": IDS}, tmp_path / "ids.safetensors")
+    shared = {"length": 24, "against": str(source)}
+    against = evaluate_model(small, EvalConfig(str(tmp_path / "ids.safetensors"), **shared))["against"]
+    assert against["kl"] > 0
+    assert "error_by_block" not in against
+    same = evaluate_model(source, EvalConfig(str(tmp_path / "ids.safetensors"), **shared))["against"]
+    assert same["error_by_block"] == [0, 0, 0]
 
 
 def saved(model, path: Path) -> Path:
