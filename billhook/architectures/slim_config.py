@@ -29,8 +29,10 @@ WIDTH = 8  # of which the numbers of channels should be multiples, for the sake 
 _NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices")
 _FIRST = ("max_window_layers", "first_k_dense_replace")  # how many of the first blocks are of another kind
 # how the names end of lists whose length is not the number of blocks, such as a height and a width
-_NOT_OF_BLOCKS = ("_token_id", "architectures", "stage_names", "out_features", "out_indices", "_limit", "_section")
-_NOT_OF_BLOCKS += ("_size", "_shape", "feature_layer", "_ids", "_idxs", "_indices", "_indexes")
+_NOT_OF_BLOCKS = (
+    *("_token_id", "architectures", "stage_names", "out_features", "out_indices", "_limit", "_section"),
+    *("_size", "_shape", "feature_layer", "_ids", "_idxs", "_indices", "_indexes"),
+)
 _STAGES = ("stage_names", "out_features", "out_indices")  # of a backbone, which follow from the number of blocks
 _AS_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
