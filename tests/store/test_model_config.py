@@ -44,18 +44,16 @@ def test_every_command_refuses_it_before_the_work(tmp_path, monkeypatch):
     source = tiny.save(Path("model"), tiny.llama(num_hidden_layers=1), words=False)
     config = json.loads((source / "config.json").read_text())
     written(source, **config | {"rms_norm_eps": NAN})
+    text = "--calibration", "stdlib:train"
     ours = "--criterion", "magnitude", "-o", "out"
-    commands = [
-        ("prune", "model", "--sparsity", "0.5", *ours),
-        ("pack", "model", "-o", "out"),
-        ("generate", "model", "a"),
-    ]
+    commands = [("prune", "model", "--sparsity", "0.5", *ours), ("pack", "model", "-o", "out")]
     commands += [
-        ("slim", "model", "--remove", "0.5", "--units", "blocks", "--calibration", "self", "-o", "out"),
-        ("quantize", "model", "--bits", "4", "-o", "out"),
+        ("generate", "model", "a"),
+        ("quantize", "model", "--type", "int4", "--quantizer", "round", "-o", "out"),
     ]
+    commands += [("slim", "model", "--remove", "0.5", "--units", "channels", "--method", "magnitude", "-o", "out")]
     commands += [("eval", "model", "--data", "stdlib:heldout"), ("measure", "model", "-o", "table.json")]
-    commands += [("export", "model", "--to", "gguf", "-o", "out.gguf"), ("recover", "model", "-o", "out")]
+    commands += [("export", "model", "--to", "gguf", "-o", "out.gguf"), ("recover", "model", *text, "-o", "out")]
     for command in commands:
         ran = billhook(*command)
         assert ran.code == 2, command
