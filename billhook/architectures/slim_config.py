@@ -25,9 +25,14 @@ _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _OF_EXPERTS, _OF_DENSE = ("moe_intermediate_size", *_WIDTHS), ("intermediate_size_mlp", *_WIDTHS)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 WIDTH = 8  # of which the numbers of channels should be multiples, for the sake of kernels and storage types
-_NUMBERS = ("mlp_only_layers",)  # lists of the numbers of blocks
+# lists of the numbers of blocks
+_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices")
 _FIRST = ("max_window_layers", "first_k_dense_replace")  # how many of the first blocks are of another kind
-_NOT_OF_BLOCKS = ("_token_id", "architectures", "stage_names", "out_features", "out_indices")
+# how the names end of lists whose length is not the number of blocks, such as a height and a width
+_NOT_OF_BLOCKS = (
+    *("_token_id", "architectures", "stage_names", "out_features", "out_indices", "_limit", "_section"),
+    *("_size", "_shape", "feature_layer", "_ids", "_idxs", "_indices", "_indexes"),
+)
 _STAGES = ("stage_names", "out_features", "out_indices")  # of a backbone, which follow from the number of blocks
 _AS_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
@@ -97,7 +102,8 @@ def check_blocks(model: PreTrainedModel) -> None:
     if depth == 1:
         raise BillhookError("The model has one block, which must stay. Name other kinds of units.")
     kinds = {tuple((name, x.shape) for name, x in block.state_dict().items()) for block in stack.blocks.values()}
-    told = any(key != "num_hidden_layers" and key not in _STAGES for key in _depth(own, range(depth), depth))
+    changed = _depth(own, range(depth), depth, _usual(_at(model.config, _part(model, stack.name))))
+    told = any(key != "num_hidden_layers" and key not in _STAGES for key in changed)
     if len(kinds) > 1 and not told:
         raise BillhookError(f"{who}: their blocks are not alike, and their configuration has no list of their kinds.")
     config, _, _ = slimmed(model, [], {}, range(depth - 1), depth)
@@ -146,7 +152,7 @@ def slimmed(
     if len(blocks) != depth:
         part = _part(model, next(iter(blocks_of(model))))
         entries = changes.setdefault(part, {})
-        entries |= _depth({**_at(old, part).to_dict(), **entries}, blocks, depth)
+        entries |= _depth({**_at(old, part).to_dict(), **entries}, blocks, depth, _usual(_at(old, part)))
     own = old.to_dict()
     try:
         for part, entries in changes.items():
@@ -251,13 +257,31 @@ def _first(config: Any, names: Sequence[str], unit: Unit) -> str:
     return found
 
 
-def _depth(config: Mapping[str, Any], blocks: Sequence[int], depth: int) -> dict[str, Any]:
+def _usual(config: Any) -> dict[str, Any]:
+    """The configuration that its class makes without arguments; empty where it needs some."""
+    try:
+        made = type(config)()
+        return {**made.to_dict(), "num_hidden_layers": made.num_hidden_layers}
+    except Exception:  # whatever the configuration's own checks raise
+        return {}
+
+
+def _of_blocks(key: str, usual: Mapping[str, Any]) -> bool:
+    """Whether a list with as many entries as there are blocks has one for each: so it is in the `usual` configuration,
+    which mostly has another depth; by its name where that has no such list."""
+    found = usual.get(key)
+    if isinstance(found, list | tuple) and found:
+        return len(found) == usual["num_hidden_layers"]
+    return key in (*_OF_EXPERTS, *_OF_DENSE) or not key.endswith(_NOT_OF_BLOCKS)
+
+
+def _depth(config: Mapping[str, Any], blocks: Sequence[int], depth: int, usual: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that change where only some blocks stay."""
     changes: dict[str, Any] = {"num_hidden_layers": len(blocks)}
     for key, value in config.items():
-        if isinstance(value, list) and key in _NUMBERS:
+        if isinstance(value, list | tuple) and key in _NUMBERS:
             changes[key] = [blocks.index(i) for i in value if i in blocks]
-        elif isinstance(value, list) and len(value) == depth and not key.endswith(_NOT_OF_BLOCKS):
+        elif isinstance(value, list | tuple) and len(value) == depth and _of_blocks(key, usual):
             changes[key] = [value[i] for i in blocks]
         elif key in _FIRST and isinstance(value, int):
             changes[key] = sum(i < value for i in blocks)

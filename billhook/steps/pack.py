@@ -23,6 +23,7 @@ from billhook.packed.select_tensors import packed_size, select_tensors
 from billhook.packed.write import Written, relative_error, write_file, write_record
 from billhook.reports.publishing import publish, render
 from billhook.runtime.layout import MIN_GROUP
+from billhook.store import not_a_model
 from billhook.store.checkpoint import read_config
 from billhook.store.directory import weights_in
 from billhook.store.files import copy_files, read_json, sha256, untrusted
@@ -174,7 +175,7 @@ def _check_source(source: Path) -> dict[str, Any]:
         )
     config = read_config(source)
     if not weight_files(source):
-        raise BillhookError(f"{source} has no model.safetensors and no {INDEX}: only safetensors can be packed.")
+        raise BillhookError(not_a_model.directory(source))
     return config
 
 

@@ -16,7 +16,7 @@ def check_files(directory: Path, files: Mapping[str, str], known: Mapping[str, s
     found = dict(known or {})
     for name, digest in files.items():
         if name not in found and not (directory / name).is_file():
-            yield f"{name} is missing."
+            yield f"{name} is {'a directory, not a file' if (directory / name).is_dir() else 'missing'}."
         elif (found.get(name) or sha256(directory / name)) != digest:
             yield f"{name} is not the file that was written: its SHA-256 differs."
 

@@ -21,10 +21,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from billhook.errors import BillhookError
 from billhook.store import fitting, not_a_model
 from billhook.store.compute import chosen_device, chosen_dtype
-from billhook.store.files import digest_of, in_one_line, read_json, repair, sha256, untrusted
+from billhook.store.files import digest_of, in_one_line, repair, sha256, untrusted
 from billhook.store.layout import PACKED, is_packed
-from billhook.store.shards import EXPLICIT, read_shard, weight_files
-from billhook.store.typed_json import typed
+from billhook.store.model_config import model_config
+from billhook.store.shards import read_shard, weight_files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "README.md"]
@@ -33,8 +33,6 @@ _DOWNLOADED += ["[0-9]*_*/*.bin"]  # of sentence-transformers' modules
 _IGNORED = ("[!0-9]*/*", "[0-9][!_0-9]*/*", "[0-9][0-9][!_]*/*", "consolidated*")
 _MOST_BLOCKS = 10_000  # where nothing else is known
 _DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-_CONFIG = {"model_type": str | None, "architectures": list[str] | None, "auto_map": dict[str, Any] | None}
-_CONFIG |= {EXPLICIT: str | None}
 
 
 def resolve(model: str | Path) -> Path:
@@ -94,8 +92,7 @@ def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     """
     if not (path / "config.json").is_file():
         raise BillhookError(not_a_model.directory(path))
-    config = read_json(path / "config.json", "model configuration", own=False)
-    typed(_CONFIG, config, str(path / "config.json"))
+    config = model_config(path)
     if (config.get("quantization_config") or config.get("compression_config")) and not (
         quantized and is_compressed(config)
     ):
@@ -118,7 +115,7 @@ def check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
 
 def check_loads(path: Path, tensors: int) -> None:
     """Raise BillhookError unless `transformers` loads the configuration of a model of so many tensors (0: unknown)."""
-    config = read_json(path / "config.json", "model configuration", own=False)
+    config = model_config(path)
     check_depth(path, config, tensors or _MOST_BLOCKS)
     with loading(path / "config.json"):
         transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

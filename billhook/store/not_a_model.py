@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.store.layout import RECORD
+from billhook.store.shards import INDEX, SINGLE
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z")
@@ -43,6 +44,8 @@ def file(path: Path) -> str:
 
 def directory(path: Path) -> str:
     """A sentence or two about a directory that lacks config.json or weights."""
+    if folder := next((name for name in ("config.json", SINGLE, INDEX) if (path / name).is_dir()), None):
+        return f"{path / folder} is a directory, not a file: put the file there that it should be."
     names = sorted(entry.name for entry in path.iterdir())
     weights = [name for name in names if name.endswith(".safetensors")]
     if "snapshots" in names:

@@ -179,6 +179,8 @@ def _inside(directory: Path, name: str, source: Path) -> Path:
         raise BillhookError(
             f"{source} names the file {name!r}: only plain file names in the same directory are allowed."
         )
+    if (directory / name).is_dir():
+        raise BillhookError(f"{directory / name}, which {source.name} names, is a directory: put the file there.")
     if not (directory / name).is_file():
         raise BillhookError(f"{source} names {name}, which is not in {directory}: copy or download the missing file.")
     return directory / name

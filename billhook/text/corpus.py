@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from billhook.errors import BillhookError
 from billhook.text.hub import dataset_documents, hub_documents, is_saved_dataset
-from billhook.text.rows import FORM, Chat, document, field_of, warn_of_nulls
+from billhook.text.rows import FORM, Chat, fields_of, no_text, row_document, warn_of_nulls
 from billhook.text.stdlib import documents as stdlib_documents
 
 Purpose = Literal["calibration", "evaluation"]
@@ -124,14 +124,14 @@ def _json(path: Path, chat: Chat | None) -> list[str]:
     """The documents of a file of json lines, or of a json array; a null is skipped."""
     every = []
     for where, item in _items(path):
-        field = field_of(item) if isinstance(item, dict) else None
-        if field is None:
+        fields = fields_of(item) if isinstance(item, dict) else ()
+        if not fields:
             raise BillhookError(f"{where} has no field `text` or `messages`: every one must be an object like {FORM}.")
-        every.append(document(item[field], where, field, chat))
+        every.append(row_document(item, fields, where, chat))
     found = [text for text in every if text is not None]
     warn_of_nulls(len(every) - len(found), str(path))
     if not any(text.strip() for text in found):
-        raise BillhookError(f"{path} is empty: give a text with something in it.")
+        raise no_text(str(path))
     return found
 
 

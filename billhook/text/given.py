@@ -18,7 +18,7 @@ from torch import Tensor
 
 from billhook.errors import BillhookError
 from billhook.text.hub import column
-from billhook.text.rows import MESSAGES, TEXT, Chat, document, field_of, warn_of_nulls
+from billhook.text.rows import MESSAGES, TEXT, Chat, fields_of, row_document, warn_of_nulls
 
 # the name of a source, or data; tensors, arrays and nested lists are token ids
 Given = str | Path | Tensor | np.ndarray | Iterable[str | Tensor | np.ndarray | Sequence[int] | Mapping[str, Any]]
@@ -43,9 +43,9 @@ def given(data: Given, chat: Chat | None = None) -> str | Tensor | Iterable[str]
     data = _rows(data)
     if not isinstance(data, Iterable) or isinstance(data, bytes | Mapping):
         raise BillhookError(f"{_WHO}: found {type(data).__name__}; {_FORMS}.")
-    field = _field(getattr(data, "column_names", None) or ())
-    if field not in (None, _IDS) and isinstance(data, Sized):
-        return column(data, field, _WHO, chat)  # a dataset on disk, which is not read as a whole
+    names = getattr(data, "column_names", None) or ()
+    if _field(names) not in (None, _IDS) and isinstance(data, Sized):
+        return column(data, fields_of(names), _WHO, chat)  # a dataset on disk, which is not read as a whole
     rows = iter(data)
     first: Any = next(rows, _NOTHING)
     if first is _NOTHING:
@@ -94,7 +94,8 @@ def _rows(data: Any) -> Any:
     if field is None:
         known = ", ".join(names) or "nothing"
         raise BillhookError(f"{_WHO} has no column `text`, `messages` or `input_ids`; it has {known}.")
-    wanted = [field, *(name for name in ("attention_mask",) if field == _IDS and name in names)]
+    ids = [name for name in (_IDS, "attention_mask") if name in names]
+    wanted = ids if field == _IDS else fields_of(names)
     columns = [data[name].to_pylist() if hasattr(data[name], "to_pylist") else data[name] for name in wanted]
     return [dict(zip(wanted, values, strict=True)) for values in zip(*columns, strict=True)]
 
@@ -116,15 +117,15 @@ def _documents(rows: Iterable[Any], chat: Chat | None) -> Iterator[str]:
     for number, row in enumerate(rows, start=1):
         where = f"{_WHO}, row {number}"
         row = row if isinstance(row, Mapping) else {TEXT: row}
-        field = field_of(row)
-        if field is None:
+        fields = fields_of(row)
+        if not fields:
             known = ", ".join(map(str, row)) or "nothing"
             raise BillhookError(f"{where} has no field `text` or `messages`; it has {known}.")
-        value = row[field]
-        if field == TEXT and (isinstance(value, list) or _is_array(value)):
+        value = row.get(TEXT)
+        if isinstance(value, list) or _is_array(value):
             found = f"{where}: found {type(value).__name__}, not a text"
             raise BillhookError(f"{found}; all rows are token ids or none, and a chat is {{`messages`: [...]}}.")
-        text = document(value, where, field, chat)
+        text = row_document(row, fields, where, chat)
         if text is None:
             nulls += 1
         else:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from billhook.errors import BillhookError, first_line
-from billhook.text.rows import Chat, document, field_of, warn_of_nulls
+from billhook.text.no_rows import has_no_rows
+from billhook.text.rows import Chat, fields_of, no_text, row_document, warn_of_nulls
 
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 PTB_FILES = {split: f"penn_treebank/{split}/*.parquet" for split in ("train", "validation", "test")}
@@ -105,11 +106,11 @@ def hub_rows(source: str, purpose: str) -> Any:
 
 def _documents(request: Request, source: str, stream: bool, chat: Chat | None) -> Iterable[str]:
     loaded, columns = _loaded(request, source, stream)
-    field = field_of(columns, request.field)
-    if field is None:
+    fields = fields_of(columns, request.field)
+    if not fields:
         both = f"`{request.field}` or `messages`"
         raise BillhookError(f"{source} has no field {both}; it has {', '.join(columns) or 'nothing'}.")
-    return (column if hasattr(loaded, "__len__") else _streamed)(loaded, field, source, chat)
+    return (column if hasattr(loaded, "__len__") else _streamed)(loaded, fields, source, chat)
 
 
 def _loaded(request: Request, source: str, stream: bool) -> tuple[Any, list[str]]:
@@ -119,6 +120,9 @@ def _loaded(request: Request, source: str, stream: bool) -> tuple[Any, list[str]
     except ImportError:
         need = f"The source {source} needs the package `datasets`"
         raise BillhookError(f"{need}: pip install 'billhook[data]', or give a .txt or .jsonl file.") from None
+    place = Path(*(request.files or {"": request.name}).values()).expanduser()
+    if has_no_rows(place, f".{request.name}", request.split):
+        raise no_text(source)
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -147,15 +151,16 @@ def _failed(source: str, error: Exception) -> BillhookError:
     return BillhookError(f"Cannot load {source}: {first_line(error, 300)}")
 
 
-def _streamed(loaded: Iterable[dict[str, Any]], field: str, source: str, chat: Chat | None) -> Iterator[str]:
+def _streamed(loaded: Iterable[dict[str, Any]], fields: Sequence[str], source: str, chat: Chat | None) -> Iterator[str]:
     """The documents of a streamed dataset; null is skipped, and the skipped rows are counted at the end."""
-    nulls = 0
+    nulls, found = 0, False
     try:
         for number, row in enumerate(loaded, start=1):
-            text = document(row[field], f"{source}, row {number}", field, chat)
+            text = row_document(row, fields, f"{source}, row {number}", chat)
             if text is None:
                 nulls += 1
             else:
+                found = found or bool(text.strip())
                 yield text
     except BillhookError:
         raise
@@ -163,19 +168,24 @@ def _streamed(loaded: Iterable[dict[str, Any]], field: str, source: str, chat: C
         raise _failed(source, error) from None
     finally:
         warn_of_nulls(nulls, source)
+    if not found:
+        raise no_text(source)
 
 
-def column(loaded: Any, field: str, source: str, chat: Chat | None = None) -> Sequence[str]:
-    """The documents of a dataset on disk, without the rows whose `field` is null; `chat` writes `messages` as text."""
+def column(loaded: Any, fields: Sequence[str], source: str, chat: Chat | None = None) -> Sequence[str]:
+    """The documents of a dataset on disk, without the rows in which all `fields` are null; `chat` writes `messages` as
+    text. Raises BillhookError where no row is left."""
     rows: Sequence[int] = range(len(loaded))
-    if loaded.data.column(field).null_count:
-        rows = [number for number, text in enumerate(loaded[field]) if text is not None]
+    if all(loaded.data.column(field).null_count for field in fields):
+        columns = zip(*(loaded[field] for field in fields), strict=True)
+        rows = [number for number, values in enumerate(columns) if any(value is not None for value in values)]
         warn_of_nulls(len(loaded) - len(rows), source)
+    if not rows:
+        raise no_text(source)
 
     def read(row: Any, number: int) -> str:
-        return document(row[field], f"{source}, row {number}", field, chat) or ""
+        return row_document(row, fields, f"{source}, row {number}", chat) or ""
 
     found = _Column(loaded, rows, read)
-    if len(found):
-        found[0]  # all rows of a column are of one type, so that one of another kind is found at once
+    found[0]  # all rows of a column are of one type, so that one of another kind is found at once
     return found

@@ -1,4 +1,4 @@
-"""Rows of a source of text: what a document may be, in the field `text` or, where there is none, `messages`.
+"""Rows of a source of text: what a document may be, in the field `text` or, where that is missing or null, `messages`.
 
 `messages` are a chat, [{"role": "user", "content": "..."}, ...], which the tokenizer's chat template writes as text;
 a content may also be a list of parts {"type": "text", "text": "..."}.
@@ -20,9 +20,16 @@ FORM = f'{{"text": "..."}} or {{"messages": {_CHAT}}}'
 _TEMPLATE = "add chat_template.jinja to its directory, or give rows with a field `text`"
 
 
-def field_of(names: Collection[str], field: str = TEXT) -> str | None:
-    """The field, of those that a row has, that its document is in; None where it has neither."""
-    return field if field in names else MESSAGES if MESSAGES in names else None
+def fields_of(names: Collection[str], field: str = TEXT) -> tuple[str, ...]:
+    """The fields, of those that a row has, that its document may be in: the first of them that is not null."""
+    return tuple(name for name in dict.fromkeys((field, MESSAGES)) if name in names)
+
+
+def row_document(row: Mapping[str, Any], fields: Collection[str], where: str, chat: Chat | None = None) -> str | None:
+    """The document of a row: that in the first of its `fields` that is not null; None where all are. Raises as
+    `document` does."""
+    field = next((field for field in fields if not is_null(row[field])), None)
+    return None if field is None else document(row[field], where, field, chat)
 
 
 def document(value: Any, where: str, field: str = TEXT, chat: Chat | None = None) -> str | None:
@@ -31,7 +38,7 @@ def document(value: Any, where: str, field: str = TEXT, chat: Chat | None = None
     Raises BillhookError, naming `where` the row was found, for a text that is not a string, for messages that are no
     chat or that the chat template refuses, and for a chat without a chat template.
     """
-    if _is_null(value):
+    if is_null(value):
         return None
     if field == MESSAGES:
         return cleaned(_written(value, where, chat))
@@ -45,6 +52,11 @@ def cleaned(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def no_text(source: str) -> BillhookError:
+    """The error for a source without a document that has more than white space."""
+    return BillhookError(f"{source} holds no text: give a source with something in it.")
+
+
 def warn_of_nulls(count: int, source: str) -> None:
     """Log how many rows of a source were skipped because their text is null."""
     if count:
@@ -53,7 +65,7 @@ def warn_of_nulls(count: int, source: str) -> None:
         )
 
 
-def _is_null(value: Any) -> bool:
+def is_null(value: Any) -> bool:
     """Whether a value is None, or NaN or NA of pandas."""
     return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
 

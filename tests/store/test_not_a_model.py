@@ -64,6 +64,22 @@ DIRECTORIES = {
         {"config__json": '{"model_type": "llama"}', "model-00001-of-00002__safetensors": ""},
         r"holds model-00001-of-00002\.safetensors, but no model\.safetensors and no model\.safetensors\.index\.json",
     ),
+    "configuration a folder": (
+        {"config__json___a": ""},
+        r"config\.json is a directory, not a file: put the file there",
+    ),
+    "weights a folder": (
+        {"config__json": '{"model_type": "llama"}', "model__safetensors___a": ""},
+        r"model\.safetensors is a directory, not a file",
+    ),
+    "index a folder": (
+        {"config__json": "{}", "model__safetensors__index__json___a": "", "model-1__safetensors": ""},
+        r"model\.safetensors\.index\.json is a directory, not a file",
+    ),
+    "named weights a folder": (
+        {"config__json": '{"transformers_weights": "a.safetensors"}', "a__safetensors___b": ""},
+        r"a\.safetensors, which config\.json names, is a directory",
+    ),
     "other files": ({"notes__txt": ""}, r"has no config\.json: give the directory of a Hugging Face model"),
     "empty": ({}, r"has no config\.json"),
 }

@@ -118,7 +118,7 @@ def test_saved_data_sets_are_read_by_split(folder):
     [
         ("a.csv", b"words\nx\n", "no field `text` or `messages`; it has words"),
         ("a.csv", b"text\n1\n2\n", "row 1: the text is of type int"),
-        ("a.csv", b"", "Cannot load"),
+        ("a.csv", b"", "holds no text"),
         ("a.parquet", b"not a parquet file", "Cannot load"),
         ("a.json", b'[{"text": "a"}, 3]', "row 2 has no field `text`"),
         ("a.json", b'[{"text": ', "is not valid json"),

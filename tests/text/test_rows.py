@@ -230,3 +230,45 @@ def test_an_empty_name_is_said_to_be_empty():
         documents("", "evaluation", True)
     with pytest.raises(BillhookError, match="calibration gives is empty"):
         check_text_given(Request(model="m", calibration=""), True, "wanda")
+
+
+@pytest.mark.gate
+def test_of_two_fields_the_one_that_is_not_null_is_read(tmp_path, monkeypatch, caplog):
+    """A union of rows of text and of chats, as concatenated data sets have it."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    chat = [{"role": "user", "content": "hi"}]
+    rows = [{"text": "a", "messages": None}, {"text": None, "messages": chat}, {"text": None, "messages": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+
+    def write(messages):
+        return messages[0]["content"]
+
+    for name in ("a.jsonl", "a.parquet", "saved"):
+        for stream in (False, True):
+            assert list(documents(str(tmp_path / name), "calibration", stream, write)) == ["a", "hi"], name
+    for data in (rows, table, table.to_iterable_dataset(), table.to_pandas(), table.data.table):
+        assert list(given(data, write)) == ["a", "hi"]
+    assert caplog.text.count("null: 1.") == 11
+
+
+@pytest.mark.gate
+def test_a_data_set_without_a_text_is_refused_by_its_name(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    kinds = datasets.Features({"text": datasets.Value("string")})
+    for name, texts_ in (("none", []), ("null", [None, None])):
+        table = datasets.Dataset.from_dict({"text": texts_}, features=kinds)
+        table.to_parquet(tmp_path / f"{name}.parquet")
+        table.save_to_disk(tmp_path / f"{name}_saved")
+        datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / f"{name}_splits")
+    (tmp_path / "none.csv").write_text("")
+    (tmp_path / "header.csv").write_text("text\n")
+    places = [str(path) for path in tmp_path.iterdir() if path.name != "cache"]
+    for source in [*places, f"hub:{tmp_path / 'none_saved'}"]:
+        for stream in (False, True):
+            with pytest.raises(BillhookError, match=f"^{source} holds no text: give a source with something in it"):
+                list(documents(source, "evaluation", stream))

@@ -133,7 +133,7 @@ def test_too_short_a_text_says_how_short(tokenizer, tmp_path):
         ("a.txt", b" \n\n", "is empty"),
         ("a.txt", b"ok \xff", r"not UTF-8 text \(byte 3\)"),
         ("a.jsonl", b"\n", "is empty"),
-        ("a.jsonl", b'{"text": ""}\n', "is empty"),
+        ("a.jsonl", b'{"text": ""}\n', "holds no text"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3 is not valid json"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 has no field `text`"),
         ("a.jsonl", b'"text"\n', "line 1 has no field `text`"),
