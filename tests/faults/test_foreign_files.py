@@ -259,7 +259,7 @@ def test_a_file_damaged_in_many_ways_is_refused_or_read(whole, tmp_path, monkeyp
         ({"architectures": [0]}, r"config\.json, architectures, number 0: must be a string, found 0"),
         ({"model_type": ["llama"]}, r"config\.json, model_type: must be a string, found \['llama'\]"),
         ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000, and its files hold \d+ tensors"),
-        ({"dtype": [0]}, "transformers cannot load"),
+        ({"dtype": [0]}, r"config\.json, dtype: \[0\] is not the name of a dtype"),
     ],
 )
 def test_a_configuration_that_no_model_has_is_named(tmp_path, monkeypatch, changes, match):
