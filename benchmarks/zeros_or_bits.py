@@ -76,11 +76,12 @@ def measure(args: argparse.Namespace, point: Point) -> dict[str, Any]:
 
 def picture(rows: Sequence[dict[str, Any]], name: str) -> str:
     """Loss by bits a weight, a line for each way, as SVG."""
-    labels = {"bits": "fewer bits", "zeros": "zeros", "both": "zeros, then fewer bits"}
-    series = []
-    for kind, label in labels.items():
-        points = sorted((row["stored"], row["kl"]) for row in rows if row["kind"] == kind)
-        series.append(Series(label, [x for x, _ in points], [y for _, y in points]))
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        both = f"{row['sparsity']:.0%} zeros, the rest in fewer bits"
+        label = {"bits": "fewer bits", "zeros": "zeros", "both": both}[row["kind"]]
+        found.setdefault(label, []).append((row["stored"], row["kl"]))
+    series = [Series(label, *map(list, zip(*sorted(points), strict=True))) for label, points in found.items()]
     axes = Axis("bits a weight, as stored"), Axis("KL divergence, nats a token", log=True)
     summary = "Measured on WikiText-2. Lower is better."
     return chart(f"{name}: zeros or bits", series, *axes, summary=summary, standalone=True)
