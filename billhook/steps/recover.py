@@ -110,8 +110,15 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     reference = None if teacher is None else _reference(opened, teacher)
     return RecoverJob(
         request, opened, problem, source, tokens=steps * size, rate=rate, reference=reference, zeros=zeros,
-        identity=run, notes=notes, adapted=adapted,
+        identity=run, notes=notes + _rounded_note(request.tokens, steps, size), adapted=adapted,
     )  # fmt: skip
+
+
+def _rounded_note(asked: int | None, steps: int, size: int) -> list[str]:
+    """What to say where whole steps take at least a tenth more tokens than were asked for."""
+    if asked is None or steps * size <= 1.1 * asked:
+        return []
+    return [f"Trains on {steps * size:,} tokens instead of {asked:,}: a step has {size:,} of them (--batch-size)."]
 
 
 def _teacher_of(request: RecoverRequest, opened: Opened, source: Source, options: Mapping[str, Any]) -> Teacher | None:

@@ -89,7 +89,7 @@ def _plans(planned: Callable[[Sequence[str]], tuple[Plan, float]], remove: float
         except BillhookError as problem:
             problems.append(f"{name}: {problem}")
     if not found:
-        raise BillhookError(f"No kind of units can give that much. {problems[0]}")
+        raise BillhookError(f"No kind of units can give that much. {' '.join(problems)}")
     short = min(abs(remove - removed) for _, removed in found.values()) + _ALIKE
     return {name: plan for name, (plan, removed) in found.items() if remove - removed <= short}
 

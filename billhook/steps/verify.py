@@ -77,7 +77,8 @@ def verify(
     directory = Path(directory).expanduser()
     if directory.is_file():
         here = (directory.parent / RECORD).is_file()
-        what = f"verify its directory, {directory.parent}, which holds {RECORD}" if here else f"it has no {RECORD}"
+        what = f"no {RECORD} beside it says what to check: verify the directory from which it was exported"
+        what = f"verify its directory, {directory.parent}, which holds {RECORD}" if here else what
         raise BillhookError(f"{directory} is a file: {what}.")
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")

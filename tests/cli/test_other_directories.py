@@ -10,7 +10,12 @@ def test_a_conversion_is_quiet_and_its_file_is_named_by_every_command(place):
     ran = done("export", "model", "--to", "gguf", "-o", "model.gguf", "--json")
     assert ran.json["output"].endswith("model.gguf")
     assert "Loading" not in ran.err
-    refused(place, "verify", "model.gguf", match=r"model\.gguf is a file: it has no billhook\.json")
+    refused(
+        place,
+        "verify",
+        "model.gguf",
+        match=r"model\.gguf is a file: no billhook\.json beside it .*: verify the directory",
+    )
     refused(place, "report", "model.gguf", match=r"model\.gguf is a file\.")
 
 

@@ -399,3 +399,13 @@ def test_too_little_memory_is_said_before_anything_is_written(place, tmp_path, m
     with pytest.raises(JobError, match="GiB beside the models, and"):
         recover(place / "pruned", tmp_path / "out", calibration=str(place / "text.txt"), **FEW)
     assert not list(tmp_path.iterdir())
+
+
+def test_it_says_where_whole_steps_take_more_tokens_than_were_asked_for(place):
+    few = {"calibration": str(place / "text.txt"), "length": 32, "batch_size": 4, "rate": 0.01}
+
+    def notes(tokens: int) -> str:
+        return " ".join(prepare(RecoverRequest(place / "pruned", place / "new", tokens=tokens, **few)).notes)
+
+    assert "Trains on 128 tokens instead of 10: a step has 128 of them (--batch-size)." in notes(10)
+    assert "instead of" not in notes(6 * 128)
