@@ -152,7 +152,7 @@ def prepare_units(request: CompressRequest, progress: Progress = lambda line: No
     except JobError:
         raise
     except BillhookError:
-        _delete(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     notes = [f"With {share:.1%} of the parameters in blocks removed: {problem}" for share, problem in problems.items()]
     return UnitsJob(request, candidates, budget, drawn.source, lost, notes)
@@ -170,13 +170,13 @@ def run_units(
     predicted = {c.share: c.predicted for c in job.candidates}
     _record(best, predicted, losses)
     put_in_place(best.output, output)
-    _delete(_folder(output))
+    shutil.rmtree(_folder(output), ignore_errors=True)
     return UnitsReport(QuantizeReport.of(output, job.source), job.budget, best.share, predicted, losses)
 
 
 def discard(job: UnitsJob) -> None:
     """Delete what was written for a job that is not carried out."""
-    _delete(_folder(Path(job.request.output).expanduser().resolve()))
+    shutil.rmtree(_folder(Path(job.request.output).expanduser().resolve()), ignore_errors=True)
 
 
 def _checked(request: CompressRequest) -> Path:
@@ -221,10 +221,6 @@ def _begin(request: CompressRequest, output: Path, asked: Mapping[str, Any]) -> 
     folder.mkdir()
     write_json(folder / _ASKED, dict(asked))
     return folder
-
-
-def _delete(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _budget(request: CompressRequest, opened: Opened) -> int:

@@ -20,6 +20,7 @@ from billhook.architectures.config import call_options, predictions
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import model_inputs, select_rows
 from billhook.engine.capture import split_call
+from billhook.engine.replay import states_of
 from billhook.errors import JobError
 from billhook.steps.request import Opened
 from billhook.store.files import in_one_line
@@ -80,7 +81,7 @@ def _predictions(
 
     def hook(index: int, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         before = split_call(block.forward, args, kwargs)[0]
-        after = output[0] if isinstance(output, tuple) else output
+        after = states_of(output)
         return seen(index, output, after.float() - before.float() if after.shape == before.shape else after)
 
     with ExitStack() as stack:
