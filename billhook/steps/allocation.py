@@ -156,7 +156,7 @@ def choose(
     if not allocation.on_trial:
         plan = allocate_levels(levels, allocation.name, **allocation.options)
         chosen = Chosen(plan, outlook(levels, sizes.fixed) if levels.errors else {})
-        return _noted(chosen, [*notes, *_unspent(levels, chosen.plan, sizes.fixed)])
+        return _noted(chosen, notes, levels, sizes.fixed)
     assert opened.source is not None
     assert opened.samples is not None
     model = load(
@@ -170,7 +170,7 @@ def choose(
         model, layers, split, levels, quick, allocator=allocation.name, options=allocation.options,
         fixed=sizes.fixed, progress=progress,
     )  # fmt: skip
-    return _noted(chosen, [*notes, *_unspent(levels, chosen.plan, sizes.fixed)])
+    return _noted(chosen, notes, levels, sizes.fixed)
 
 
 def _unspent(levels: Levels, plan: Plan, fixed: int) -> list[str]:
@@ -186,8 +186,9 @@ def _unspent(levels: Levels, plan: Plan, fixed: int) -> list[str]:
     return [f"The file is smaller than asked, because {finer}."]
 
 
-def _noted(chosen: Chosen, notes: list[str]) -> Chosen:
+def _noted(chosen: Chosen, notes: list[str], levels: Levels, fixed: int) -> Chosen:
     """With notes for the report in the plan, which a run that is resumed reads too."""
+    notes = [*notes, *_unspent(levels, chosen.plan, fixed)]
     made_by = {**chosen.plan.made_by, NOTES: notes} if notes else chosen.plan.made_by
     return replace(chosen, plan=replace(chosen.plan, made_by=made_by))
 

@@ -8,7 +8,6 @@ stopped can be resumed to the same bytes. Before the directory is put in its pla
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from billhook.reports.slim_card import publish_slim
 from billhook.steps.gradients import stored_gradients
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import PartialOutput, partial_output
-from billhook.steps.request import Opened, check_text_given, draw_text, open_model
+from billhook.steps.request import Opened, changed, check_text_given, draw_text, open_model
 from billhook.steps.resolve import identity
 from billhook.steps.same_predictions import check_same_predictions
 from billhook.steps.slim_allocation import UnitAllocation
@@ -218,8 +217,7 @@ def _gradients(job: SlimJob, partial: PartialOutput, progress: Progress) -> Grad
     """The gradients of the consumers, stored with the unfinished output, if the method reads any."""
     if not job.removal.gradient or not job.consumers:
         return None
-    opened = replace(job.opened, layers=job.consumers)
-    opened.__dict__["facts"] = job.opened.facts  # the digest of the files takes time
+    opened = changed(job.opened, layers=job.consumers)
     return stored_gradients(opened, job.removal.gradient, partial, progress)
 
 
