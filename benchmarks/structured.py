@@ -25,7 +25,7 @@ from billhook.methods.structured import STRUCTURED
 from billhook.plan.table import Table
 from billhook.plan.unit_counts import Shape, Size, proportional, uniform_counts
 from billhook.racing.units import UnitProblem
-from billhook.steps.block_choice import BlockChoice, choose_blocks
+from billhook.steps.block_choice import BlockChoice, BlockOrder
 from billhook.steps.request import Request, open_request
 from billhook.steps.slim_allocation import UnitAllocation, allocate_units, sizes_of
 from billhook.tasks.opening import load_model
@@ -97,7 +97,7 @@ def score_blocks(model: Path, remove: float, by: BlockChoice, golden: Path) -> t
     opened = open_request(request, True, "The benchmark", streamed=False)
     whole = opened.model
     units = find_units(whole, ["channels", "heads"])
-    gone = choose_blocks(opened, max(1, round(remove * len(blocks_of(whole)))), by)
+    gone = BlockOrder(opened, by).first(max(1, round(remove * len(blocks_of(whole)))))
     with dropping(whole, gone) as dropped:
         plain = perplexity(whole, tokens[1][:16])
         removal, counts = Removal("obs", STRUCTURED.configure("obs", {})), {u.name: u.count for u in units}

@@ -14,7 +14,7 @@ from billhook.plan.plan import Budget, Plan
 from billhook.plan.table import Table
 from billhook.plan.unit_counts import check_room
 from billhook.racing.units import UnitProblem
-from billhook.steps.block_choice import choose_blocks
+from billhook.steps.block_choice import BlockOrder
 from billhook.steps.request import Opened, in_memory
 from billhook.steps.slim_allocation import UnitAllocation, allocate_units, sizes_of
 from billhook.steps.slim_contest import best_plan
@@ -36,11 +36,12 @@ def choose_kinds(
     if removal.gradient:
         raise BillhookError(f"--units auto does not compute gradients for {removal.method}: name kinds of units.")
     whole = in_memory(opened, request.opening())
+    order = BlockOrder(whole, request.drop_by, progress)
 
     def planned(kinds: Sequence[str]) -> tuple[Plan, float]:
         if allocation.shape == "per-layer":
             check_per_layer(whole.model, units_of(whole, kinds))
-        plan = choose_plan(request, whole, kinds, removal, _UNIFORM, progress)
+        plan = choose_plan(request, whole, kinds, removal, _UNIFORM, progress, order=order)
         job = checked(plan)
         return plan, job.removed / sum(job.parameters)
 
@@ -55,7 +56,7 @@ def choose_kinds(
 
 def choose_plan(
     request: SlimRequest, opened: Opened, kinds: Sequence[str], removal: Removal, allocation: UnitAllocation,
-    progress: Progress,
+    progress: Progress, order: BlockOrder | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a request for units of these kinds: blocks that are dropped, then parts of units.
 
@@ -72,7 +73,7 @@ def choose_plan(
         opened = in_memory(opened, request.opening())
         units = units_of(opened, kinds)
     if number:
-        gone = choose_blocks(opened, number, request.drop_by, progress)
+        gone = (order or BlockOrder(opened, request.drop_by, progress)).first(number)
     units = [unit for unit in units if unit.block not in gone]
     plan = _allocated(request, opened, units, gone, removal=removal, allocation=allocation, progress=progress)
     if not gone and all(plan.units[unit.name] == unit.count for unit in units):
