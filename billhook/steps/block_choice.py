@@ -2,8 +2,8 @@
 
 * `kl`: one after another, each time the block without which the model's predictions differ least from the dense model's
   (KL divergence of the next-token predictions on some calibration windows). Blocks that are useless only together are
-  not found. Costs a forward pass for every block, and then some for every block dropped: a divergence does not fall when
-  more blocks are gone, so those that were too large before are not computed again (lazy greedy; Minoux, 1978).
+  not found. Costs a forward pass for every block, and then some for every block dropped: a divergence does not fall
+  when more blocks are gone, so those that were too large before are not computed again (lazy greedy; Minoux, 1978).
 * `angular`: the blocks that turn the hidden states least (Men et al., "ShortGPT: Layers in Large Language Models are
   More Redundant Than You Expect", arXiv:2403.03853: 1 - cosine of a block's input and output, mean over tokens). One
   pass.

@@ -56,7 +56,7 @@ def choose_kinds(
 
 def choose_plan(
     request: SlimRequest, opened: Opened, kinds: Sequence[str], removal: Removal, allocation: UnitAllocation,
-    progress: Progress, order: BlockOrder | None = None,
+    progress: Progress, *, order: BlockOrder | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a request for units of these kinds: blocks that are dropped, then parts of units.
 

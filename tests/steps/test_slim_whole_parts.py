@@ -72,16 +72,23 @@ def test_a_model_without_blocks_is_the_model_with_these_taken_out(tmp_path, fami
     assert verify(tmp_path / "out").ok
 
 
-def test_the_block_that_is_dropped_is_the_one_without_which_predictions_change_least(tmp_path):
-    source = saved(families.build("llama", seed=3), tmp_path / "model")
+def divergence_without(gone: list[int]) -> float:
+    """The KL divergence of a model whose stack lacks some blocks from the whole one."""
     with torch.no_grad():
-        dense = families.build("llama", seed=3)(IDS).logits[:, :-1].log_softmax(-1)
-        divergences = []
-        for i in range(4):
-            q = without_blocks(families.build("llama", seed=3), [i])[:, :-1].log_softmax(-1)
-            divergences.append(float((dense.exp() * (dense - q)).sum(-1).mean()))
-    job = prepare(SlimRequest(source, tmp_path / "out", 0.25, units="blocks", **BY_MAGNITUDE))
-    assert job.plan.units == {f"model.layers.{divergences.index(min(divergences))}:blocks": 0}
+        p = families.build("llama", seed=3)(IDS).logits[:, :-1].log_softmax(-1)
+        q = without_blocks(families.build("llama", seed=3), gone)[:, :-1].log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_one_after_another_the_block_goes_without_which_predictions_change_least(tmp_path, number):
+    source = saved(families.build("llama", seed=3), tmp_path / "model")
+    gone = list[int]()
+    for _ in range(number):
+        left = [index for index in range(4) if index not in gone]
+        gone.append(min(left, key=lambda index: divergence_without([*gone, index])))
+    request = SlimRequest(source, tmp_path / "out", number / 4, units="blocks", **BY_MAGNITUDE)
+    assert prepare(request).plan.units == {f"model.layers.{index}:blocks": 0 for index in sorted(gone)}
 
 
 def test_what_stays_makes_up_for_dropped_blocks(tmp_path):
