@@ -91,7 +91,7 @@ def command(
     output: Annotated[Path, shared.output_option("Directory of the trained model; must be new or empty.")],
     training: Training,
     work: shared.Choosing,
-    batch_size: Annotated[int | None, typer.Option(help="Windows in a step; by default 1024 tokens.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in a step; by default 512 tokens.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     writing: shared.Writing,
     as_json: shared.Json = False,

@@ -21,7 +21,7 @@ from billhook.distributed.shards import is_sharded, local
 from billhook.methods.quantize.grid import Quantized, dequantize
 
 CLIP = 1.0  # largest norm of the gradient
-BETAS = (0.9, 0.95)
+BETAS = (0.8, 0.95)  # less momentum than usual, as runs have few steps
 
 
 class Trained(Protocol):

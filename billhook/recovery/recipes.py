@@ -7,8 +7,8 @@ of 1e-4, reached in 5 steps and falling to zero as a line, 128 windows a step, a
 * `atp-lora`: 10,000 samples of Alpaca-GPT4. What that paper does not say is as above.
 
 Differences: the product is masked, so that the adapters can be merged; published adapters stay apart, because merging
-them would lose the zeros. There is no dropout (published: 0.05), and the second moment of Adam has a decay of 0.95
-(0.999). A text that is shorter is read once all the same.
+them would lose the zeros. There is no dropout (published: 0.05), and the moments of Adam have decays of 0.8 and
+0.95 (0.9 and 0.999). A text that is shorter is read once all the same.
 """
 
 from dataclasses import dataclass

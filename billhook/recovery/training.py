@@ -1,15 +1,15 @@
 """Train what a pruned model has left, with the dense model as its teacher, and never return a worse one.
 
 The trained entries (`billhook.recovery.kept_adam`) are the weights that are not zero and, with `kept+norms`, all
-parameters of one dimension (norms and biases). A step has about a thousand tokens, and the rate falls to zero as a
-cosine.
+parameters of one dimension (norms and biases). A step has few tokens, about five hundred: for equal tokens more steps
+give more. The rate falls to zero as a cosine.
 
 The rate is a share of each parameter's root mean square. It decides more than the objective does: 1.4 % is right after
-a poor pruning and harmful after a good one. So it is chosen by short runs with each of `SHARES`: the largest one with
-which the held-out loss falls by at least a third of what it falls with the best one, because a long run gains more from
-a large rate than a short one. The state of least held-out loss is kept; half of the steps without a new one
-end the training, and so does a loss that is not finite. Where no state is better than the first, in the dtype of the
-files, the parameters get the values back that they had.
+a poor pruning of a small model, and a real one that was pruned well learns nothing at 0.2 %. So it is chosen by short
+runs with each of `SHARES`: the largest one with which the held-out loss falls by at least a third of what it falls with
+the best one, because a long run gains more from a large rate than a short one. The state of least held-out loss is
+kept; half of the steps without a new one end the training, and so does a loss that is not finite. Where no state is
+better than the first, in the dtype of the files, the parameters get the values back that they had.
 
 The held-out loss is the divergence from the teacher or, for an objective that reads none, the loss on the labels. Equal
 inputs, seed and number of threads give equal bits. Several processes share the rows of each step and the held-out ones.
@@ -35,7 +35,7 @@ from billhook.evaluation.scoring import Scoring
 from billhook.recovery.kept_adam import KeptAdam, Trained, are_sharded, give_, values_of
 from billhook.recovery.outputs import Predictor
 
-SHARES = (0.001, 0.003, 0.006, 0.014)  # of a parameter's root mean square
+SHARES = (0.0003, 0.001, 0.003, 0.006, 0.014)  # of a parameter's root mean square, ascending
 MEASURED = 5, 25  # the least and the most steps between two measurements of the held-out loss
 RACE = 0.05  # of the steps, for each rate
 LEAST_RACE = 8  # steps
@@ -49,9 +49,9 @@ class Problem:
 
     `student` and `teacher` (None: there is none) give the outputs that the `objective` compares; `held_out` is the
     held-out loss of the model as it is now. `write(count, seed)` gives windows, int64 [count, length], that the
-    student writes, where the objective reads them. `shares` are the rates that race. A rate falls to zero as a cosine
-    or, after a number of steps in which it is reached, `warm`, as a line. `together` rows go through the models at a
-    time, by default all of a step.
+    student writes, where the objective reads them. `shares` are the rates that race, ascending. A rate falls to zero as
+    a cosine or, after a number of steps in which it is reached, `warm`, as a line. `together` rows go through the
+    models at a time, by default all of a step.
     """
 
     model: PreTrainedModel
@@ -178,9 +178,10 @@ def _mean(values: Sequence[float]) -> float:
     return float(total / count)
 
 
-def race(problem: Problem, progress: Progress = lambda step: None) -> dict[float, float]:
-    """The held-out loss after a short run with each of the rates, infinite where it diverged; the model is as before
-    afterwards."""
+def race(problem: Problem, before: float, progress: Progress = lambda step: None) -> dict[float, float]:
+    """The held-out loss after a short run with each of the rates, infinite where it diverged; the model, whose held-out
+    loss is `before`, is as it was afterwards. Larger rates than one that does more harm than the best one does good are
+    not tried."""
     short, start, found = replace(problem, steps=problem.race_steps), values_of(problem.kept), dict[float, float]()
     for share in problem.shares:
         adam = KeptAdam(problem.kept)
@@ -192,6 +193,8 @@ def race(problem: Problem, progress: Progress = lambda step: None) -> dict[float
         held_out = problem.held_out() if math.isfinite(losses[-1]) else math.nan
         found[share] = held_out if math.isfinite(held_out) else math.inf
         give_(problem.kept, start)
+        if len(found) > 1 and found[share] - before > before - min(found.values()):
+            break
     return found
 
 

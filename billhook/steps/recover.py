@@ -225,7 +225,8 @@ def _rate(job: RecoverJob, folder: TrainingFolder, progress: Progress) -> float:
     """The rate of the request, or of the run that is resumed, or the one that wins a race, which is recorded."""
     if job.rate is not None:
         return job.rate
-    before, found = job.problem.held_out(), race(job.problem, progress)
+    before = job.problem.held_out()
+    found = race(job.problem, before, progress)
     races = {f"{share:g}": loss if math.isfinite(loss) else None for share, loss in found.items()}
     rate = best_share(before, found)
     folder.decide(rate=rate, races=races)

@@ -36,7 +36,7 @@ from billhook.tasks.base import Drawing, Home, Progress, Samples
 from billhook.tasks.self_text import is_self, write_windows
 
 LENGTH = 512  # tokens in a window by default
-TOKENS_A_STEP = 1024
+TOKENS_A_STEP = 512
 TOGETHER = 2048  # tokens that go through the models at a time
 WARM = 5  # steps in which published recipes reach their rate
 BUDGETED = 4096  # windows that are drawn where the number of tokens follows from a time

@@ -4,6 +4,7 @@ mistakes have one message each."""
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import bert
@@ -108,6 +109,16 @@ def test_where_nothing_improves_the_input_comes_back(place, tmp_path):
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (place / "pruned" / name).read_bytes()
     assert verify(tmp_path / "out").ok
+
+
+def test_no_rate_races_that_is_larger_than_a_harmful_one(place, tmp_path):
+    fields = {"calibration": str(place / "text.txt"), "teacher": place / "model", **FEW}
+    job = prepare(RecoverRequest(model=place / "pruned", output=tmp_path / "out", **fields))
+    before, start = job.problem.held_out(), training.values_of(job.problem.kept)
+    found = training.race(replace(job.problem, shares=(0.001, 0.01, 1e4, 2e4)), before)
+    assert list(found) == [0.001, 0.01, 1e4]
+    assert found[1e4] > before > found[0.01]
+    assert all(torch.equal(start[name], value) for name, value in training.values_of(job.problem.kept).items())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_its_best_state(place, tmp_path, monkeypatch):
