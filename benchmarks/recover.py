@@ -168,7 +168,7 @@ def cost(folder: Path, objectives: list[str]) -> None:
         plain = trainer_seconds(path, ids, place)
         print(f"Trainer, dense: {4 * 256 / plain:.0f} tokens a second")
         for objective in objectives:
-            fields = {"teacher": path, "calibration": home.text, "tokens": 20 * 1024, "rate": 0.003}
+            fields = {"teacher": path, "calibration": home.text, "tokens": 20 * 1024, "rate": 0.003, "batch_size": 4}
             job = prepare(RecoverRequest(model=start, output=place / "out", objective=objective, length=256, **fields))
             adam, times = KeptAdam(job.problem.kept), [time.process_time()]
             for _ in steps_(job.problem, adam, 0.003):

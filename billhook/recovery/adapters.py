@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from billhook.architectures.layers import Layer
 from billhook.engine.restore import restore_
 from billhook.errors import BillhookError
-from billhook.recovery.kept_adam import Kept
 from billhook.recovery.lora import masked_lora, merge_masked, require_peft
+from billhook.recovery.trained import Kept
 from billhook.recovery.training import Recovered
 
 RATES = (0.0005, 0.001, 0.002, 0.005)  # that race

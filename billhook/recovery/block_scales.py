@@ -21,7 +21,7 @@ from billhook.engine.walk import Block
 from billhook.methods.encoded import Encoded
 from billhook.methods.quantize.grid import Quantized
 from billhook.recovery.blockwise import BlockTuner, Refine, kept_in
-from billhook.recovery.kept_adam import Scaled, Trained, free_parts
+from billhook.recovery.trained import Scaled, Trained, free_parts
 
 RATE = 0.02
 

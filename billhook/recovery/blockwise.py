@@ -47,7 +47,8 @@ from billhook.engine.restore import differentiable, exchanged
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.block_data import STEP, Data, Piece, minibatches, split_windows
-from billhook.recovery.kept_adam import Kept, KeptAdam, Trained, give_, values_of
+from billhook.recovery.kept_adam import KeptAdam
+from billhook.recovery.trained import Kept, Trained, give_, values_of
 
 Refining = Literal["none", "blocks", "blocks+norms"]
 Masked = list[tuple[nn.Parameter, Tensor]]  # parameters and masks, True where they are tuned

@@ -1,187 +1,24 @@
 """Adam on what may change of parameters, stored without the rest.
 
-Of each parameter the entries that are kept, or the scales of its quantized weight, are copied into a vector of float32,
-its master copy. A gradient becomes one of the vector as soon as the parameter has it, and is freed; Adam's two moments
-have the length of the vector. After a step the parameters get the values of the vectors, in their own dtype, and
-nothing else of them changes: an entry that is zero stays zero, whatever the optimizer does.
+What is trained of each parameter (`billhook.recovery.trained`) is copied into a vector of float32, its master copy. A
+gradient becomes one of the vector as soon as the parameter has it, and is freed; Adam's two moments have the length of
+the vector. After a step the parameters get the values of the vectors, in their own dtype.
 
-In memory, beside the model itself: a byte for each entry of a parameter, and 16 bytes for each number of a vector.
+In memory, beside the model itself: 16 bytes for each number of a vector and, where some entries are not kept, 4 for its
+position.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from billhook.distributed.collectives import all_reduce_, world
-from billhook.distributed.shards import is_sharded, local
-from billhook.methods.quantize.grid import Quantized, dequantize
+from billhook.recovery.trained import Trained, are_sharded
 
 CLIP = 1.0  # largest norm of the gradient
 BETAS = (0.8, 0.95)  # less momentum than usual, as runs have few steps
-
-
-class Trained(Protocol):
-    """What is trained of a parameter: some numbers from which it follows."""
-
-    @property
-    def name(self) -> str:
-        """The parameter's name."""
-        ...
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter."""
-        ...
-
-    @property
-    def stored(self) -> torch.dtype:
-        """The dtype that the numbers have in the files."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """How many numbers there are."""
-        ...
-
-    @property
-    def size(self) -> float | None:
-        """What a rate is a share of; None: their root mean square."""
-        ...
-
-    def values(self) -> Tensor:
-        """The numbers as they are, a float32 vector."""
-        ...
-
-    def gradient(self, gradient: Tensor) -> Tensor:
-        """The gradient by the numbers, a float32 vector, from that by the parameter."""
-        ...
-
-    def restore_(self, values: Tensor) -> None:
-        """Give the parameter the values that follow from other numbers."""
-        ...
-
-    def came_back(self) -> int:
-        """How many entries that were zero have values."""
-        ...
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The entries of a parameter where `mask`, bool of its shape, is true; of a sharded one those of this process."""
-
-    name: str
-    parameter: nn.Parameter
-    stored: torch.dtype
-    mask: Tensor
-    size: float | None = None
-
-    @property
-    def count(self) -> int:
-        """The number of kept entries."""
-        return int(self.mask.sum())
-
-    def values(self) -> Tensor:
-        """The kept entries."""
-        return self.gradient(self.parameter)
-
-    def gradient(self, gradient: Tensor) -> Tensor:
-        """The kept entries of a gradient."""
-        return local(gradient.detach())[self.mask].float()
-
-    @torch.no_grad()
-    def restore_(self, values: Tensor) -> None:
-        """Give the kept entries other values."""
-        local(self.parameter.detach()).masked_scatter_(self.mask, values.to(self.parameter.dtype))
-
-    def came_back(self) -> int:
-        """How many other entries are not zero."""
-        return int(torch.count_nonzero(local(self.parameter.detach()).masked_fill(self.mask, 0)))
-
-
-def free_parts(weight: Quantized) -> list[str]:
-    """The parts of the scales of a weight that can have any value of 16 bits; none where scales are powers of two."""
-    return [name for name, part in weight.scales.parts.items() if part.dtype in (torch.float16, torch.bfloat16)]
-
-
-class Scaled:
-    """The scales of a quantized weight: the numbers of 16 bits from which its grid computes scale and minimum.
-
-    `view` gives the matrix [out, in] of the parameter, or of its gradient: the parameter itself by default.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        parameter: nn.Parameter,
-        weight: Quantized,
-        view: Callable[[Tensor], Tensor] = lambda stored: stored,
-    ) -> None:
-        self.name, self.parameter, self._view = name, parameter, view
-        self.size: float | None = None
-        self._grid, self._codes = weight.grid, weight.codes.to(parameter.device)
-        self._parts = {name: part.to(parameter.device) for name, part in weight.scales.parts.items()}
-        self._free = free_parts(weight)
-        self.stored = self._parts[self._free[0]].dtype
-        self._values = torch.cat([self._parts[name].float().flatten() for name in self._free])
-
-    @property
-    def count(self) -> int:
-        """How many numbers there are."""
-        return len(self._values)
-
-    @property
-    def weight(self) -> Quantized:
-        """The weight with the scales as they are now, in the dtype in which they are stored."""
-        parts = {name: part.to(self._parts[name].dtype) for name, part in self._with(self._values).items()}
-        return Quantized(self._grid, self._codes, self._grid.decoded(parts))
-
-    def values(self) -> Tensor:
-        """The numbers."""
-        return self._values
-
-    def gradient(self, gradient: Tensor) -> Tensor:
-        """The gradient by the numbers, through the decoded weight."""
-        with torch.enable_grad():
-            values = self._values.detach().requires_grad_()
-            decoded = dequantize(self._codes, self._grid.decoded(self._with(values)))
-        return torch.autograd.grad(decoded, values, self._view(gradient.detach()).float())[0]
-
-    @torch.no_grad()
-    def restore_(self, values: Tensor) -> None:
-        """Give the weight other scales."""
-        self._values = values.float().clone()
-        self._view(self.parameter).copy_(dequantize(self._codes, self._grid.decoded(self._with(self._values))))
-
-    def came_back(self) -> int:
-        """How many entries with the code zero are not zero."""
-        here = self._view(self.parameter.detach())
-        return int(torch.count_nonzero(here.masked_fill(self._codes != 0, 0))) if self._grid.has_zero else 0
-
-    def _with(self, values: Tensor) -> dict[str, Tensor]:
-        """The parts of the scales, those of 16 bits from a vector."""
-        shapes = [self._parts[name].shape for name in self._free]
-        pieces = values.split([shape.numel() for shape in shapes])
-        return self._parts | {n: v.view(shape) for n, v, shape in zip(self._free, pieces, shapes, strict=True)}
-
-
-def values_of(kept: Sequence[Trained]) -> dict[str, Tensor]:
-    """The numbers that are trained by parameter, float32."""
-    return {k.name: k.values() for k in kept}
-
-
-def give_(kept: Sequence[Trained], values: Mapping[str, Tensor]) -> None:
-    """Give all parameters other numbers, by parameter."""
-    for k in kept:
-        k.restore_(values[k.name])
-
-
-def are_sharded(kept: Sequence[Trained]) -> bool:
-    """Whether every process has its own part of what is trained."""
-    return any(is_sharded(k.parameter) for k in kept)
 
 
 class KeptAdam:

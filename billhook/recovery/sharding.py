@@ -10,7 +10,6 @@ In memory of the device, by process: what one block needs, and the rest divided 
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import world
 from billhook.distributed.torchrun import rank
-from billhook.recovery.kept_adam import Kept
+from billhook.recovery.trained import Kept
 
 
 def sharded(model: PreTrainedModel, device: str) -> PreTrainedModel:
@@ -37,7 +36,7 @@ def sharded(model: PreTrainedModel, device: str) -> PreTrainedModel:
 
 def kept_shards(kept: Sequence[Kept], twin: PreTrainedModel) -> list[Kept]:
     """What is trained of a whole model, in this process's shards of its sharded copy."""
-    return [replace(k, parameter=twin.get_parameter(k.name), mask=_shard_of(k.mask).to(twin.device)) for k in kept]
+    return [Kept(k.name, twin.get_parameter(k.name), k.stored, _shard_of(k.mask).to(twin.device), k.size) for k in kept]
 
 
 @torch.no_grad()

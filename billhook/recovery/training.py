@@ -1,6 +1,6 @@
 """Train what a pruned model has left, with the dense model as its teacher, and never return a worse one.
 
-The trained entries (`billhook.recovery.kept_adam`) are the weights that are not zero and, with `kept+norms`, all
+The trained entries (`billhook.recovery.trained`) are the weights that are not zero and, with `kept+norms`, all
 parameters of one dimension (norms and biases). A step has few tokens, about five hundred: for equal tokens more steps
 give more. The rate falls to zero as a cosine.
 
@@ -32,8 +32,9 @@ from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
 from billhook.engine.restore import differentiable
 from billhook.evaluation.predicting import predicted, row_losses, rows_at_once
 from billhook.evaluation.scoring import Scoring
-from billhook.recovery.kept_adam import KeptAdam, Trained, are_sharded, give_, values_of
+from billhook.recovery.kept_adam import KeptAdam
 from billhook.recovery.outputs import Predictor
+from billhook.recovery.trained import Trained, are_sharded, give_, values_of
 
 SHARES = (0.0003, 0.001, 0.003, 0.006, 0.014)  # of a parameter's root mean square, ascending
 MEASURED = 5, 25  # the least and the most steps between two measurements of the held-out loss

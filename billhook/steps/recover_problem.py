@@ -21,10 +21,11 @@ from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.adapters import RATES, factors
 from billhook.recovery.blockwise import tunable
-from billhook.recovery.kept_adam import Kept, KeptAdam, Trained, give_, values_of
+from billhook.recovery.kept_adam import KeptAdam
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.outputs import predictor
 from billhook.recovery.sharding import kept_shards, sharded
+from billhook.recovery.trained import Kept, Trained, give_, values_of
 from billhook.recovery.training import Problem, held_out_loss, steps_
 from billhook.steps.recover_job import TOKENS, RecoverRequest
 from billhook.steps.recover_source import Source
@@ -244,22 +245,21 @@ def teacher_fits(path: Path, opened: Opened) -> bool:
     free, stored = free_gib(str(opened.model.device)), stored_dtype(path)
     if free is None or stored is None:
         return True
-    weights = sum(layer.weight.numel() for layer in opened.layers)
     kept = sum(int(torch.count_nonzero(layer.weight)) for layer in opened.layers)
     teacher = weight_bytes(path) / stored.itemsize * opened.model.dtype.itemsize
-    return bool(teacher + weights + 24 * kept <= free * 2**30)
+    return bool(teacher + 28 * kept <= free * 2**30)
 
 
 def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     """A sentence about the memory of the run; raises JobError where it is not there.
 
-    Beside the models: a byte for each entry of trained parameters, for each trained number 16 bytes of the optimizer
-    and its values before and at best, and the largest gradient. Where there are adapters, autograd keeps the merged
+    Beside the models: the positions of the trained numbers, for each of them 16 bytes of the optimizer and its values
+    before and at best, and the largest gradient. Where there are adapters, autograd keeps the merged
     weights and their masks.
     """
-    entries, kept = [local(k.parameter).numel() for k in problem.kept], sum(k.count for k in problem.kept)
+    largest, kept = max(local(k.parameter).numel() for k in problem.kept), sum(k.count for k in problem.kept)
     itemsize = problem.model.dtype.itemsize
-    states = sum(entries) + 24 * kept + itemsize * max(entries)
+    states = sum(k.held for k in problem.kept) + 24 * kept + itemsize * largest
     adapted = sum(p.numel() for name, p in problem.model.named_parameters() if name.endswith(".base_layer.weight"))
     states += (itemsize + 1) * adapted
     both = [p for m in (problem.model, teacher) if m is not None for p in m.parameters()]

@@ -17,7 +17,7 @@ from billhook.errors import BillhookError, JobError
 from billhook.export import compressed_tensors
 from billhook.export.dense import dense_bytes, packed_grids
 from billhook.methods.quantize.scalar import Scalar
-from billhook.recovery.kept_adam import Kept, Scaled, Trained
+from billhook.recovery.trained import Kept, Scaled, Trained
 from billhook.reports.publishing import publish
 from billhook.reports.quantized_card import publish_quantized
 from billhook.reports.slim_card import publish_slim

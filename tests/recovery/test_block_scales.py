@@ -17,7 +17,7 @@ from billhook.export import compressed_tensors
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
-from billhook.recovery.kept_adam import Scaled
+from billhook.recovery.trained import Scaled
 from billhook.steps.quantize import QuantizeRequest, prepare, quantize, run
 from billhook.steps.verify import verify
 from billhook.store.shards import read_shard, weight_files

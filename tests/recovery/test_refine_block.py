@@ -10,7 +10,7 @@ from billhook.engine.walk import Following
 from billhook.recovery import blockwise
 from billhook.recovery.block_data import HELD_OUT, Data
 from billhook.recovery.blockwise import PATIENCE, Refine, refine_block_
-from billhook.recovery.kept_adam import Kept
+from billhook.recovery.trained import Kept
 
 
 class Linear(torch.nn.Module):
