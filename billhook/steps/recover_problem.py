@@ -254,8 +254,8 @@ def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     """A sentence about the memory of the run; raises JobError where it is not there.
 
     Beside the models: the positions of the trained numbers, for each of them 16 bytes of the optimizer and its values
-    before and at best, and the largest gradient. Where there are adapters, autograd keeps the merged
-    weights and their masks.
+    before and at best, and the largest gradient. Where there are adapters, autograd keeps the merged weights and their
+    masks.
     """
     largest, kept = max(local(k.parameter).numel() for k in problem.kept), sum(k.count for k in problem.kept)
     itemsize = problem.model.dtype.itemsize
