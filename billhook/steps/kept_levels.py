@@ -19,7 +19,7 @@ from billhook.store.files import json_text, read_json, replace_file
 from billhook.store.layout import LEVELS
 from billhook.store.typed_json import typed
 
-VERSION = 1  # of the measurements: raised when a number is measured in another way
+VERSION = 2  # of the measurements: raised when a number is measured in another way
 
 
 @contextmanager

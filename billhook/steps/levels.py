@@ -31,7 +31,8 @@ from billhook.steps.request import Opened
 from billhook.steps.types import outside_parameter
 
 ERROR_TOKENS = 16384  # of text for the errors; at least twice as many as the widest layer has inputs
-COST_TOKENS = 4096  # of text for the costs, embeddings and head
+COST_TOKENS = 4096  # of text for the costs
+OUTSIDE_TOKENS = 1024  # of text for embeddings and head, each type of which costs a pass through the whole model
 EXPERTS = 8
 _ROWS = 1024  # of embeddings and head whose errors are measured, and that are rounded at a time
 _PROPORTIONAL = 0.1  # nats a token: divergences up to about which they grow like the error
@@ -82,7 +83,8 @@ def measure_levels(
     costs = {name: max(0.5 * f * found.power[name], _LEAST) for name, f in information.items()}
     everywhere = {name: fmean(costs[x] for x in some) for name, some in stand_ins.items()}
     errors = {n: {t: fmean(found.errors[x][t] for x in some) for t in menus[n]} for n, some in stand_ins.items()}
-    return Measured(errors, everywhere, _outside_losses(opened, outside, few, kept, progress))
+    shortest = _windows(opened, OUTSIDE_TOKENS)
+    return Measured(errors, everywhere, _outside_losses(opened, outside, shortest, kept, progress))
 
 
 def measured_layers(layers: Sequence[Layer]) -> list[Layer]:
