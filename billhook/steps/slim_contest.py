@@ -3,8 +3,11 @@
 The candidates are the kinds that a model has: channels, channels with heads, blocks, blocks with channels, and for
 mixtures experts, and experts with channels and heads. Each is carried out on the whole model in memory with three
 quarters of the calibration samples, and scored on the others by the KL divergence from the dense model. The weights are
-restored afterwards. Candidates that remove less than asked, because their units are large, are not scored where another
-comes nearer: they would win by what they leave.
+restored afterwards.
+
+Because units are large, candidates remove a little more or less than asked. None is to win by what it leaves, so a
+divergence is multiplied by the square of the fraction asked for over the fraction removed: it grows about like that.
+Candidates that remove far less than another are not scored.
 
 Cost: for each candidate as much as the run itself, and for those with blocks the choice of blocks.
 """
@@ -35,7 +38,7 @@ CANDIDATES = (
     ("experts", "channels", "heads"),
 )
 WINDOWS = 16  # on which candidates are compared, at most
-_ALIKE = 0.01  # of the parameters in blocks: candidates that remove so much less are still compared
+_ALIKE = 0.03  # of the parameters in blocks: candidates that remove so much less are still compared
 
 
 def best_plan(
@@ -50,8 +53,8 @@ def best_plan(
 
     The fraction `remove` was asked for. `planned` returns a plan and the fraction that it removes, and raises
     BillhookError for a candidate that the model cannot have. The plan's `made_by` names the candidates that were
-    scored, with their divergences. Raises BillhookError where there are too few samples, or every candidate is
-    impossible.
+    scored, with their divergences at the fraction asked for. Raises BillhookError where there are too few samples, or
+    every candidate is impossible.
     """
     samples, model = opened.samples, opened.model
     assert samples is not None
@@ -64,20 +67,21 @@ def best_plan(
     )
     batches = split_rows(select_rows(samples.batch, slice(0, rows - scored)), rows_of(opened.batches[0]))
     tried, plans = dict[str, float](), _plans(planned, remove)
-    for name, plan in plans.items():
+    for name, (plan, removed) in plans.items():
         units = [u for u in find_units(model, [k for k in kinds_in(plan) if k != "blocks"]) if u.name in plan.units]
         with carried_out(replace(opened, batches=batches), units, plan, removal, experts):
             kl = reference.compare(model).kl
-        tried[name] = float("inf") if kl is None else kl
+        tried[name] = float("inf") if kl is None else kl * (remove / removed) ** 2
         progress(name)
     best = min(tried, key=tried.__getitem__)
     about = {"kinds": best, "tried": {name: kl for name, kl in tried.items() if kl < float("inf")}}
-    options = {**plans[best].made_by["options"], **about}
-    return replace(plans[best], made_by={**plans[best].made_by, "allocator": AUTO, "options": options})
+    plan, _ = plans[best]
+    options = {**plan.made_by["options"], **about}
+    return replace(plan, made_by={**plan.made_by, "allocator": AUTO, "options": options})
 
 
-def _plans(planned: Callable[[Sequence[str]], tuple[Plan, float]], remove: float) -> dict[str, Plan]:
-    """The plans that are compared, by candidate: all but those that remove too much less than the fraction asked for.
+def _plans(planned: Callable[[Sequence[str]], tuple[Plan, float]], remove: float) -> dict[str, tuple[Plan, float]]:
+    """The plans that are compared, by candidate, with what they remove: all but those that remove far too little.
 
     Raises BillhookError where every candidate is impossible.
     """
@@ -91,7 +95,7 @@ def _plans(planned: Callable[[Sequence[str]], tuple[Plan, float]], remove: float
     if not found:
         raise BillhookError(f"No kind of units can give that much. {' '.join(problems)}")
     short = min(abs(remove - removed) for _, removed in found.values()) + _ALIKE
-    return {name: plan for name, (plan, removed) in found.items() if remove - removed <= short}
+    return {name: (plan, removed) for name, (plan, removed) in found.items() if remove - removed <= short}
 
 
 @contextmanager

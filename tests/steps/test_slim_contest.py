@@ -31,7 +31,7 @@ def test_the_winner_has_the_least_divergence_and_the_model_is_as_before(tmp_path
     uniform = UnitAllocation("uniform", {}, "uniform")
 
     def planned(kinds):
-        return choose_plan(request, opened, kinds, removal, uniform, lambda unit: None), 0.25
+        return choose_plan(request, opened, kinds, removal, uniform, lambda unit: None), 0.24
 
     plan = best_plan(opened, removal, "reap", 0.25, planned)
     tried = plan.made_by["options"]["tried"]
@@ -45,7 +45,8 @@ def test_the_winner_has_the_least_divergence_and_the_model_is_as_before(tmp_path
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
         dense, left = (m(IDS[6:]).logits[:, :-1].log_softmax(-1) for m in (model, small))
-    assert tried[kinds] == pytest.approx(float((dense.exp() * (dense - left)).sum(-1).mean()), rel=1e-2)
+    kl = float((dense.exp() * (dense - left)).sum(-1).mean())
+    assert tried[kinds] == pytest.approx(kl * (0.25 / 0.24) ** 2, rel=1e-2)
 
 
 @pytest.mark.nightly
@@ -69,7 +70,7 @@ def test_too_few_samples_are_refused(tmp_path):
     [
         ({"channels": 0.255, "blocks": 0.2, "channels,blocks": 0.25}, {"channels", "channels,blocks"}),
         ({"channels": 0.245, "blocks": 0.4}, {"channels", "blocks"}),
-        ({"channels": 0.2, "blocks": 0.4, "channels,heads": 0.17}, {"channels", "blocks"}),
+        ({"channels": 0.2, "blocks": 0.4, "channels,heads": 0.16}, {"channels", "blocks"}),
         ({"blocks": 0.5}, {"blocks"}),
     ],
 )
