@@ -26,13 +26,13 @@ from billhook.racing.allocators import MODEL_ALLOCATORS
 from billhook.racing.levels import Chosen, choose_types, columns, needs, outlook
 from billhook.registry import Registry, hint
 from billhook.steps.earlier_levels import earlier_levels, step_with_levels
+from billhook.steps.inputs import ModelRequest
 from billhook.steps.kept_levels import KeptLevels
 from billhook.steps.levels import Measured, measure_levels
 from billhook.steps.like import like_types
 from billhook.steps.options import split_options
 from billhook.steps.parts import Parts
-from billhook.steps.request import Opened, Request, same_layers
-from billhook.steps.resolve import identity
+from billhook.steps.request import Opened, identity, same_layers
 from billhook.steps.sizes import Sizes
 from billhook.steps.state import partial_folder
 from billhook.store.checkpoint import load
@@ -120,7 +120,7 @@ def _registry(name: str) -> Registry | None:
 
 
 def choose(
-    request: Request,
+    request: ModelRequest,
     opened: Opened,
     sizes: Sizes,
     tied: Sequence[tuple[str, ...]],
@@ -193,9 +193,11 @@ def _noted(chosen: Chosen, notes: list[str], levels: Levels, fixed: int) -> Chos
     return replace(chosen, plan=replace(chosen.plan, made_by=made_by))
 
 
-def _measured(request: Request, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Measured:
+def _measured(
+    request: ModelRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress
+) -> Measured:
     menus = {"layers": sizes.menus, "outside": sizes.outside_menus}
-    same = identity(request, opened, {"scales": str(method.scale_dtype)}, None, None) | menus
+    same = identity(request, opened, {"scales": str(method.scale_dtype)}, None) | menus
     kept = KeptLevels(partial_folder(Path(str(request.output)).expanduser().resolve()), same)
     try:
         return measure_levels(

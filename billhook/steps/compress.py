@@ -153,7 +153,7 @@ def check(request: CompressRequest, progress: Progress = lambda line: None) -> C
     types = allowed_types(request.target, request.types)
     check_target(request.target == "gguf")
     quantizing = replace(request.quantizing(), options=allocation.quantizer)
-    check_text_given(quantizing.opening(), True, "Choosing types")
+    check_text_given(quantizing.model_request(), True, "Choosing types")
     opened = open_blocks(quantizing)
     allocation.check_model(opened.model)
     parts = layer_parts(opened)
@@ -169,7 +169,7 @@ def check(request: CompressRequest, progress: Progress = lambda line: None) -> C
     if plan is None:
         output = Path(request.output).expanduser().resolve()
         check_room(output, sizes.most_room(opened, parts, request.target))
-        opened = draw_text(opened, quantizing.opening(), progress)
+        opened = draw_text(opened, quantizing.model_request(), progress)
     return CheckedCompress(request, allocation, quantizing, opened, parts, sizes, sized, asked, plan)
 
 
@@ -194,7 +194,7 @@ def _chosen(checked: CheckedCompress, progress: Progress) -> Chosen:
     tied = _experts(opened.layers)
     tied += fused(layer.name for layer in opened.layers) if checked.request.target == "vllm" else []
     method = Quantization("gptq", allocation.quantizer, scale_dtype(opened, checked.parts))
-    return choose(checked.quantizing.opening(), opened, sizes, tied, method, allocation, progress=progress)
+    return choose(checked.quantizing.model_request(), opened, sizes, tied, method, allocation, progress=progress)
 
 
 def run_compress(

@@ -39,8 +39,7 @@ from billhook.steps.kept_levels import said_when_stopped
 from billhook.steps.lost import Lost, loss_of
 from billhook.steps.quantize import open_blocks
 from billhook.steps.quantize_job import QuantizeReport
-from billhook.steps.request import Opened, check_text_given, draw_text
-from billhook.steps.resolve import identity
+from billhook.steps.request import Opened, check_text_given, draw_text, identity
 from billhook.steps.sizes import Size
 from billhook.steps.slim import prepare as prepare_slim
 from billhook.steps.slim import run as run_slim
@@ -132,11 +131,11 @@ def prepare_units(request: CompressRequest, progress: Progress = lambda line: No
     opened = open_blocks(request.quantizing())
     budget = _budget(request, opened)
     find_units(opened.model, [kind for kind in kinds if kind != "blocks"])
-    drawn = draw_text(opened, request.quantizing().opening(), progress)
+    drawn = draw_text(opened, request.quantizing().model_request(), progress)
     assert drawn.source is not None
-    asked = {**_asked(request), **identity(request.quantizing().opening(), drawn, request.options, None, None)}
+    asked = {**_asked(request), **identity(request.quantizing().model_request(), drawn, request.options, None)}
     folder = _begin(request, output, json.loads(json_text(asked)))
-    lost = loss_of(drawn, request.quantizing().opening().drawing.held_out)
+    lost = loss_of(drawn, request.quantizing().drawing.held_out)
     problems, candidates = dict[float, BillhookError](), list[Candidate]()
     try:
         for share in (0.0, *SHARES):
@@ -191,7 +190,7 @@ def _checked(request: CompressRequest) -> Path:
         raise BillhookError("Name the kinds of units that may go with the bits, such as --units experts,channels.")
     if request.calibration is not None and is_self(request.calibration):
         raise BillhookError("With --units, models of several sizes are compared on one text: give a text or tokens.")
-    check_text_given(request.quantizing().opening(), True, "Removing units")
+    check_text_given(request.quantizing().model_request(), True, "Removing units")
     return check_output(Path(request.output).expanduser().resolve(), overwrite=request.overwrite)
 
 

@@ -40,8 +40,8 @@ from billhook.steps.lost import loss_of
 from billhook.steps.measure import measure_opened, rows_of_table
 from billhook.steps.pack import pack
 from billhook.steps.partial_output import PartialOutput, partial_output
-from billhook.steps.record import Job, Report, record
-from billhook.steps.request import Request, in_memory
+from billhook.steps.prune_job import Job, PruneRequest, Report, record
+from billhook.steps.request import in_memory
 from billhook.steps.resolve import ResolvedRequest, check
 from billhook.store.directory import save_pruned
 from billhook.store.layout import WRITTEN
@@ -78,14 +78,15 @@ def prune(
     `progress` is called with the name of each finished layer. Raises BillhookError (nothing changed) for an impossible
     request and JobError for a run that failed (nothing written).
     """
-    known = {key: value for key, value in locals().items() if key in Request.__dataclass_fields__ and value is not None}
+    fields = PruneRequest.__dataclass_fields__
+    known = {key: value for key, value in locals().items() if key in fields and value is not None}
     for name in {"rounding", "sampling"} & methods.keys():
         raise BillhookError(f"{name} is no longer a field of a request: use published=True.")
-    return run(prepare(Request(**{**known, "model": model, "options": {**(options or {}), **methods}})), progress)
+    return run(prepare(PruneRequest(**{**known, "model": model, "options": {**(options or {}), **methods}})), progress)
 # fmt: on
 
 
-def prepare(request: Request, progress: Progress = lambda layer: None) -> Job:
+def prepare(request: PruneRequest, progress: Progress = lambda layer: None) -> Job:
     """Check everything about a request, cheapest first; measure and allocate if it has no plan."""
     return decide(check(request, progress), progress)
 

@@ -37,8 +37,7 @@ from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.parts import Parts, check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantization_config import check_opens, configuration
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
-from billhook.steps.request import Opened, check_text_given, draw_text, open_model
-from billhook.steps.resolve import identity
+from billhook.steps.request import Opened, check_text_given, draw_text, identity, open_model
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import (
     block_bytes,
@@ -79,7 +78,7 @@ def prepare(
     `opened` is the model of the request, with or without its text, where that is open already.
     """
     method, given = _method_and_plan(request)
-    opening = request.opening()
+    opening = request.model_request()
     best = request.recipe == "best"
     reads_text = (bool(method.observed) or best) and request.imatrix is None
     check_text_given(opening, reads_text, "The recipe best" if best else f"Quantizing with {request.quantizer}")
@@ -150,7 +149,7 @@ def given_stats(request: QuantizeRequest, opened: Opened, parts: Parts) -> Mappi
 
 def open_blocks(request: QuantizeRequest) -> Opened:
     """Open the model of a request one block at a time, without its text."""
-    opened = open_model(request.opening(), streamed=True, room=lambda source: 0)
+    opened = open_model(request.model_request(), streamed=True, room=lambda source: 0)
     if opened.resources.stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so it cannot be quantized.")
     return opened
@@ -160,7 +159,7 @@ def _identity(
     request: QuantizeRequest, opened: Opened, method: Quantization, plan: Plan, outside: Mapping[str, str]
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
-    same = identity(request.opening(), opened, method.options, plan, None)
+    same = identity(request.model_request(), opened, method.options, plan)
     form: dict[str, Any] = {"split": request.gguf_form["split"]}
     for key in ("template", "imatrix"):
         file = getattr(request, key)
@@ -202,7 +201,7 @@ def run(
 
     form: Form = ggml_tensors if job.ggml else compressed_tensors
     files = BlockFiles(stream, job.grids, form, outside, transposed(job.parts), tuned=request.recipe == "best")
-    lost = lost or loss_of(opened, request.opening().drawing.held_out)
+    lost = lost or loss_of(opened, request.drawing.held_out)
     unfinished = partial_output(
         stream, source, output, job.identity, job.plan.to_json(), resume=request.resume, overwrite=request.overwrite,
         stopping=stopping, files=files, room=job.room,

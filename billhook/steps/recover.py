@@ -39,8 +39,7 @@ from billhook.steps.recover_problem import (
     teacher_fits,
 )
 from billhook.steps.recover_source import Source, card
-from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
-from billhook.steps.resolve import identity
+from billhook.steps.request import Opened, changed, check_text_given, identity, listed, open_model
 from billhook.steps.state import unfinished_run
 from billhook.steps.teacher import Teacher, find_teacher, open_teacher
 from billhook.steps.training_folder import TrainingFolder, training_folder
@@ -69,7 +68,7 @@ def recover(
 def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> RecoverJob:
     """Check everything about a request, cheapest first, and decide how much is trained; nothing is changed."""
     options, _ = OBJECTIVES.configure(request.objective, request.options), request.seconds
-    check_text_given(request.opening(), True, "Recovering")
+    check_text_given(request.model_request(), True, "Recovering")
     source = Source.of(request.model, _output(request))
     try:
         return _prepared(request, source, options, progress)
@@ -87,7 +86,7 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     path, taught_by = (None, None) if found is None else found
     _check_something_to_do(request, opened, taught_by, zeros=any(zeros.values()))
     streamed = path is not None and not request.fsdp and not teacher_fits(path, opened)
-    teacher = None if path is None else open_teacher(path, opened, request.opening(), streamed=streamed)
+    teacher = None if path is None else open_teacher(path, opened, request.model_request(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
     adapted = add_adapters(request, opened, source)
     opened = changed(opened, samples=windows.samples, batches=split_rows(windows.samples.batch, windows.rows))
@@ -103,7 +102,7 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     else:
         steps = known.get("steps") or min(gather(steps_in(problem, seconds, request.rate is None)))
     problem, rate = replace(problem, steps=steps), known.get("rate", request.rate)
-    run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
+    run = identity(request.model_request(), opened, options, None) | {"step": "recover"}
     run |= {key: getattr(request, key) for key in IDENTITY}
     run |= {"fsdp": world() if request.fsdp else 0}
     run |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "teacher": taught_by}
@@ -135,7 +134,7 @@ def _opened(request: RecoverRequest, source: Source) -> Opened:
     """Open the directory that is trained, with the name, digest and history of the one that was given."""
     before = history(source.given)
     also = () if before is None else before.layers
-    opened = open_model(replace(request, model=source.dense).opening(), streamed=False, also=also)
+    opened = open_model(replace(request, model=source.dense).model_request(), streamed=False, also=also)
     if source.grids:
         facts = {**opened.facts, "digest": model_digest(source.given)}
         opened.__dict__.update(facts=facts, history=before)

@@ -7,11 +7,13 @@ from command import contents
 
 from billhook.errors import Interrupted
 from billhook.measurement import level_errors as module
-from billhook.steps import kept_levels, resolve
+from billhook.steps import kept_levels
+from billhook.steps import request as requests
 from billhook.steps.compress_units import compress
+from billhook.steps.inputs import ModelRequest
 from billhook.steps.kept_levels import KeptLevels, said_when_stopped
 from billhook.steps.levels import measure_levels
-from billhook.steps.request import Request, in_memory, open_request
+from billhook.steps.request import in_memory, open_request
 from billhook.steps.unfinished_folder import ended_early
 
 pytestmark = pytest.mark.gate
@@ -20,7 +22,7 @@ IDS = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
 
 def test_a_streamed_model_gives_the_same_errors_costs_and_losses_as_one_in_memory(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=3), dtype=torch.bfloat16, words=False)
-    request = Request(source, calibration=IDS, batch_size=4)
+    request = ModelRequest(source, calibration=IDS, batch_size=4)
     streamed = open_request(request, True, "This", streamed=True)
     whole = in_memory(streamed, request)
     assert streamed.resources.streamed
@@ -42,7 +44,7 @@ def test_a_streamed_model_gives_the_same_errors_costs_and_losses_as_one_in_memor
 def test_a_type_that_ruins_the_embeddings_does_not_change_what_larger_types_are_said_to_lose(tmp_path):
     model = tiny.llama(num_hidden_layers=1, tie_word_embeddings=False)
     model.get_output_embeddings().weight.data *= 10
-    request = Request(tiny.save(tmp_path / "model", model, words=False), calibration=IDS, batch_size=4)
+    request = ModelRequest(tiny.save(tmp_path / "model", model, words=False), calibration=IDS, batch_size=4)
     opened = open_request(request, True, "This", streamed=False)
     menus = {layer.name: ["q8_0"] for layer in opened.layers}
     types = ["q8_0", "q5_0", "iq4_nl", "int2/32"]
@@ -70,7 +72,7 @@ def test_levels_of_another_version_of_the_package_are_measured_again(tmp_path, m
     with pytest.raises(Interrupted):
         compress(source, tmp_path / "out", progress=stop, **fields)
     measured.clear()
-    monkeypatch.setattr(resolve, "VERSION", resolve.VERSION if same else "0.0.1")
+    monkeypatch.setattr(requests, "VERSION", requests.VERSION if same else "0.0.1")
     compress(source, tmp_path / "out", **fields)
     assert len(measured) == (4 if same else 8)
 
