@@ -31,7 +31,7 @@ from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing.automatic import choose
-from billhook.racing.race import Problem
+from billhook.racing.race import AllocationProblem
 from billhook.recovery.blockwise import Refine
 from billhook.steps.apply import prune_with
 from billhook.steps.facts import all_versions
@@ -191,7 +191,7 @@ class _Runner:
         options = self.grid.allocator_options(cell)
         if self.grid.raced(cell):
             assert opened.samples is not None
-            problem = Problem(table, cell.sparsity, cell.pattern)
+            problem = AllocationProblem(table, cell.sparsity, cell.pattern)
             return choose(
                 opened.model, opened.layers, opened.samples, problem, method, allocator=cell.allocator,
                 options=options, batch_size=rows_of(opened.batches[0]), seed=cell.seed,

@@ -30,7 +30,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing.automatic import choose
 from billhook.racing.hyperparameters import is_raced
-from billhook.racing.race import Problem
+from billhook.racing.race import AllocationProblem
 from billhook.recovery.blockwise import Refine, Refining
 from billhook.reports.publishing import publish
 from billhook.steps.apply import prune_with
@@ -45,6 +45,7 @@ from billhook.steps.request import in_memory
 from billhook.steps.resolve import ResolvedRequest, check
 from billhook.store.directory import save_pruned
 from billhook.store.layout import WRITTEN
+from billhook.store.output import absolute
 from billhook.tasks.self_text import is_self, save_windows
 from billhook.text.given import Given
 
@@ -120,7 +121,7 @@ def _allocate(resolved: ResolvedRequest, progress: Progress) -> Plan:
             **options,
         )  # fmt: skip
     assert opened.samples is not None
-    problem = Problem(table, request.sparsity, request.pattern, request.budget)
+    problem = AllocationProblem(table, request.sparsity, request.pattern, request.budget)
     return choose(
         opened.model, opened.layers, opened.samples, problem, resolved.method, allocator=request.allocator,
         options=options, batch_size=rows_of(opened.batches[0]), seed=request.seed, progress=progress,
@@ -146,7 +147,7 @@ def run(
         made = record(job, results, lost())
         output, notes = _save(job, made)
     else:
-        output, notes = Path(job.request.output).expanduser().resolve(), []
+        output, notes = absolute(job.request.output), []
         results, made = _run_streamed(job, output, progress, stopping, note, lost)
     if job.packed is not None and output is not None and not rank():
         output, more = _pack(output, job.packed, job.request.overwrite)

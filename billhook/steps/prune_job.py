@@ -4,7 +4,7 @@ import html
 import importlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,16 +174,15 @@ def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -
     """The content of billhook.json after the job: the earlier steps of the model and this one."""
     before, layers = job.opened.history, left_alone(job.opened.history, job.opened)
     known, present = {} if before is None else before.layers, {layer.name: layer for layer in job.opened.layers}
-    notes = {r.layer: [*r.notes, *_refilled(r, known.get(r.layer))] for r in results}
+    notes = {}
     for r in results:
-        layers[r.layer] = _layer_record(r, notes[r.layer], known.get(r.layer, {})) | place(present[r.layer])
-    step = prune_step(job, notes, results)
-    better_recipe = recipes.better(job.request.criterion, job.plan, job.request.refine)
-    quality = {"lost": loss_json(lost), "better_recipe": better_recipe}
-    return append_step(before, replace(step, made_by={**quality, **step.made_by}), layers).to_json()
+        earlier = known.get(r.layer, {})
+        notes[r.layer] = [*r.notes, *refilled_notes(earlier.get("zeros", 0) - r.zeros, earlier)]
+        layers[r.layer] = _layer_record(r, notes[r.layer], earlier) | place(present[r.layer])
+    return append_step(before, _step(job, notes, results, lost), layers).to_json()
 
 
-def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[LayerResult]) -> Step:
+def _step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[LayerResult], lost: Loss | None) -> Step:
     """The job as a step of a record, with the `notes` of its layers."""
     request, opened = job.request, job.opened
     plan, fields = job.plan.to_json(), ("published", "prefix", "refine", "seed", "budget")
@@ -194,6 +193,8 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[L
         "prune",
         plan,
         {
+            "lost": loss_json(lost),
+            "better_recipe": recipes.better(request.criterion, job.plan, request.refine),
             "recipe": request.followed,
             "criterion": request.criterion,
             "criterion_options": without_folders(job.method.options),
@@ -254,15 +255,11 @@ def _changed_since(before: Record | None, model: Mapping[str, Any]) -> list[str]
     return [f"{model['name']} was changed after the last step of its billhook.json: its earlier steps may not hold."]
 
 
-def _refilled(result: LayerResult, before: Mapping[str, Any] | None) -> list[str]:
-    """The notes on a pruned layer that has fewer zeros than before."""
-    return [] if before is None else refilled_notes(before["zeros"] - result.zeros, before)
-
-
 def _layer_record(result: LayerResult, notes: Sequence[str], before: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {"shape": list(result.shape), "sparsity": result.planned, "zeros": result.zeros}
     return {
-        **facts,
+        "shape": list(result.shape),
+        "sparsity": result.planned,
+        "zeros": result.zeros,
         "notes": list(notes),
         "error": result.error,
         "updated": result.updated or bool(before.get("updated")),

@@ -154,8 +154,9 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
     request, opened, before = job.request, job.opened, job.opened.history
     known, layers = {} if before is None else before.layers, left_alone(before, opened)
     for r in results:
-        facts = {key: value for key, value in known.get(r.layer, {}).items() if key == "sparsity"}
-        notes = [*r.notes, *refilled_notes(r.refilled, known.get(r.layer))]
+        earlier = known.get(r.layer, {})
+        facts = {key: value for key, value in earlier.items() if key == "sparsity"}
+        notes = [*r.notes, *refilled_notes(r.refilled, earlier)]
         facts |= {"shape": list(r.shape), "zeros": r.zeros, "notes": notes, "error": r.error, "type": r.type}
         layers[r.layer] = facts | where(job.parts[r.layer])
     made_by = {

@@ -39,13 +39,13 @@ def left_alone(before: Record | None, opened: Opened) -> dict[str, dict[str, Any
     return found
 
 
-def refilled_notes(refilled: int, before: Mapping[str, Any] | None) -> list[str]:
+def refilled_notes(refilled: int, before: Mapping[str, Any]) -> list[str]:
     """A note where so many zeros of a layer were `refilled`, and such notes of earlier steps; none without such.
 
     This happens where a criterion that updates the remaining weights has a lower sparsity than an earlier step, and
     where a storage type has no zero.
     """
-    if before is None:
+    if not before:
         return []
     earlier = [note for note in before.get("notes", ()) if note.endswith(REFILLED)]
     return [*earlier, *([f"{refilled} {REFILLED}"] if refilled > 0 else [])]

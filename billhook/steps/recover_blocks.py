@@ -33,10 +33,11 @@ from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
 from billhook.steps.record import layer_notes
 from billhook.steps.recover_job import TOKENS, RecoverRequest, teacher_facts, trained_layers_of
-from billhook.steps.recover_problem import draw_windows, trained_layers
+from billhook.steps.recover_setup import draw_windows, trained_layers
 from billhook.steps.recover_source import Source, card
 from billhook.steps.request import Opened, calibration_facts, changed, check_text_given, identity, in_memory, open_model
 from billhook.steps.teacher import find_teacher
+from billhook.store.output import absolute
 from billhook.store.record import Record, Step, append_step, history
 from billhook.tasks.self_text import is_self
 
@@ -85,8 +86,8 @@ def prepare_blocks(request: RecoverRequest, progress: Progress = lambda step: No
     """
     if world() > 1:
         raise BillhookError("recover runs in one process: start it without torchrun.")
-    check_text_given(request.model_request(), True, "Recovering")
-    source = Source.of(request.model, Path(request.output).expanduser().resolve())
+    check_text_given(request, True, "Recovering")
+    source = Source.of(request.model, absolute(request.output))
     try:
         return _prepared(request, source, progress)
     except BaseException:
@@ -108,15 +109,15 @@ def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> Bl
             f"{request.model} has no history that leads to a dense model: name it with --teacher DIRECTORY."
         )
     path = teacher.path
-    opening = replace(request.model_request(), model=path)
-    dense = open_model(opening, streamed=True, also=() if found is None else found.layers)
+    walked = replace(request.model_request(), model=path)
+    dense = open_model(walked, streamed=True, also=() if found is None else found.layers)
     dense = changed(dense, layers=trained_layers(dense, request))
     dtype, device = dense.model.dtype, str(dense.model.device)
     pruned = open_streamed(source.dense, dense.task.auto_class, dtype=dtype, device=device)
     if dense.resources.stream is None or _shapes(pruned) != _shapes(dense.resources.stream):
         raise BillhookError(f"The blocks of {source.given} and of {path} differ in shape: leave out --by block.")
     dense = _with_text(request, dense, progress)
-    same = identity(opening, dense, {}, None) | {"step": "recover", "by": "block", "tune": request.tune}
+    same = identity(walked, dense, {}, None) | {"step": "recover", "by": "block", "tune": request.tune}
     facts = model_facts(source.dense, pruned.model)
     same |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "input": facts["digest"]}
     return BlocksJob(request, dense, source, pruned, facts=facts, history=found, identity=same)
@@ -147,7 +148,7 @@ def run_blocks(
     Raises JobError, and Interrupted where the run can be resumed.
     """
     begun, request, dense = time.perf_counter(), job.request, job.dense
-    stream, output = dense.resources.stream, Path(request.output).expanduser().resolve()
+    stream, output = dense.resources.stream, absolute(request.output)
     assert stream is not None
     refine = Refine(tune_norms_and_biases=request.tune == "kept+norms", seed=request.seed)
     lost = loss_of(dense, 0)  # there are held-out rows

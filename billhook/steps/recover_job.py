@@ -14,7 +14,7 @@ from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss, Reference, loss_json
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.recipes import recipe
-from billhook.recovery.training import Problem, State
+from billhook.recovery.training import State, TrainingSetup
 from billhook.steps.facts import computed_in, versions
 from billhook.steps.inputs import Inputs, ModelRequest, listed
 from billhook.steps.record import left_alone, place
@@ -128,14 +128,14 @@ class RecoverRequest(Inputs):
 class RecoverJob:
     """A checked request.
 
-    `problem` is what is trained, of which `source`, `tokens` how much; `rate` is None where rates race. `reference`
+    `setup` is what is trained, of which `source`, `tokens` how much; `rate` is None where rates race. `reference`
     holds the dense model's predictions on text that is used for nothing else, `zeros` the zeros of each layer before.
     `adapted` is peft's model with adapters, where these are trained.
     """
 
     request: RecoverRequest
     opened: Opened
-    problem: Problem
+    setup: TrainingSetup
     source: Source
     tokens: int
     rate: float | None
@@ -148,8 +148,8 @@ class RecoverJob:
     @property
     def steps(self) -> int:
         """The number of progress calls of `run`: one for each step of a race and of the training."""
-        races = len(self.problem.shares) * self.problem.race_steps if self.rate is None else 0
-        return races + self.problem.steps
+        races = len(self.setup.shares) * self.setup.race_steps if self.rate is None else 0
+        return races + self.setup.steps
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         "held_out": {"before": report.before, "after": report.after},
         "zeros": dict(job.zeros),
         "seed": request.seed,
-        **computed_in(job.problem.model),
+        **computed_in(job.setup.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
         "teacher": teacher_facts(before, job.identity["teacher"]),

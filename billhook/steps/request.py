@@ -28,11 +28,11 @@ from billhook.errors import BillhookError
 from billhook.plan.plan import Plan
 from billhook.steps.batch_size import batch_size
 from billhook.steps.facts import computed_in, model_facts
-from billhook.steps.inputs import ModelRequest, listed
+from billhook.steps.inputs import Inputs, ModelRequest, listed
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.checkpoint import check_directory, load
 from billhook.store.layout import WRITTEN
-from billhook.store.output import check_output
+from billhook.store.output import absolute, check_output
 from billhook.store.record import Record, history
 from billhook.store.shards import weight_bytes
 from billhook.store.sinks import SameLayout, choose_sink
@@ -69,24 +69,19 @@ class Opened:
 
 
 def open_request(
-    request: ModelRequest,
-    needs_samples: bool,
-    who: str,
-    *,
-    streamed: bool = False,
-    progress: Progress = lambda step: None,
+    request: ModelRequest, needs_text: bool, who: str, *, streamed: bool = False, progress: Progress = lambda step: None
 ) -> Opened:
-    """Load the model, select its layers, and draw the calibration samples if `needs_samples`; cheapest checks first.
+    """Load the model, select its layers, and draw the calibration samples if `needs_text`; cheapest checks first.
 
     With `streamed`, a model directory is opened with one block at a time in memory. Raises BillhookError for an
     impossible request; `who` needs the samples in its message.
     """
-    check_text_given(request, needs_samples, who)
+    check_text_given(request, needs_text, who)
     opened = open_model(request, streamed=streamed)
-    return _without_dead_blocks(draw_text(opened, request, progress)) if needs_samples else opened
+    return _without_dead_blocks(draw_text(opened, request, progress)) if needs_text else opened
 
 
-def check_text_given(request: ModelRequest, needed: bool, who: str) -> None:
+def check_text_given(request: Inputs, needed: bool, who: str) -> None:
     """Raise BillhookError where text is `needed`, by `who`, and the request names none, or an empty name."""
     if isinstance(request.calibration, str) and not request.calibration.strip():
         raise BillhookError("The name that --calibration gives is empty: is a variable of the shell unset?")
@@ -141,7 +136,7 @@ def _open_model(
     request: ModelRequest, streamed: bool, room: Callable[[Path], int]
 ) -> tuple[Path | None, PreTrainedModel, Resources]:
     """Check the output, then load the model (unless it is in memory), one block at a time if `streamed`."""
-    output = None if request.output is None else Path(request.output).expanduser().resolve()
+    output = None if request.output is None else absolute(request.output)
     resources = Resources(spill_gib=request.spill_gib)
     if isinstance(request.model, PreTrainedModel):
         if request.resume:
@@ -198,7 +193,7 @@ def _draw(
 ) -> Samples:
     """The calibration samples of a request; for a resumed run, the stored text that the model generated."""
     given: Any = request.calibration
-    stored = None if request.output is None else partial_folder(Path(request.output).expanduser().resolve()) / WRITTEN
+    stored = None if request.output is None else partial_folder(absolute(request.output)) / WRITTEN
     if request.resume and stored is not None and stored.is_file() and is_self(given):
         given = saved_windows(stored)
     # a streamed model would read every block for every token

@@ -26,7 +26,7 @@ from billhook.steps.prune_job import PruneRequest
 from billhook.steps.request import Opened, digest_of_json, identity, open_request
 from billhook.steps.state import STATE, check_same_run, partial_folder, unfinished_run
 from billhook.store.files import sha256
-from billhook.store.output import check_output, check_room
+from billhook.store.output import absolute, check_output, check_room
 from billhook.store.shards import weight_bytes
 from billhook.tasks.base import Progress
 
@@ -97,7 +97,7 @@ def check(request: PruneRequest, progress: Progress = lambda step: None, *, dry_
         needed=needed, gradients=gradients, identity=run, packed=packed, done=done, begun=begun,
     )  # fmt: skip
     if request.output is not None:
-        check_room(Path(request.output).expanduser().resolve(), _room(found, resumed is not None))
+        check_room(absolute(request.output), _room(found, resumed is not None))
     unsaved = request.output is None and gradients is None and not dry_run
     if method.gradient and (found.on_trial or unsaved):
         check_temporary_room(opened.layers)
@@ -176,7 +176,7 @@ def _partial_plan(request: PruneRequest, opened: Opened, run: Mapping[str, Any])
     """
     if not request.resume or request.output is None or opened.source is None:
         return None, 0
-    output = Path(request.output).expanduser().resolve()
+    output = absolute(request.output)
     state = unfinished_run(output, resume=True, overwrite=request.overwrite)
     if state is None:
         return None, 0

@@ -28,7 +28,7 @@ from billhook.plan.spec import Pattern
 from billhook.racing.automatic import ROUNDS, needs, schedule, trial_method
 from billhook.racing.hyperparameters import RACED, Space, every
 from billhook.racing.picture import draw
-from billhook.racing.race import Objective, Problem, Race, Trial, TrialBudget
+from billhook.racing.race import AllocationProblem, Objective, Race, Trial, TrialBudget
 from billhook.racing.record import MODEL, PICTURE, PLAN, SearchRecord
 from billhook.registry import hint
 from billhook.steps.gradients import check_temporary_room, gradient_bytes
@@ -187,11 +187,11 @@ def _places(
     return folder, folder / MODEL
 
 
-def _problem(request: PruneRequest, opened: Opened, space: Space, batches: Sequence[Any]) -> Problem:
+def _problem(request: PruneRequest, opened: Opened, space: Space, batches: Sequence[Any]) -> AllocationProblem:
     """Measure the metrics of the allocators; raises BillhookError for a value that an allocator refuses."""
     columns = [*(needs(AUTO, request.criterion) if AUTO in space.allocators else ()), *space.columns()]
     table = measure(opened.model, columns, batches=batches, layers=opened.layers, facts=opened.facts)
-    problem = Problem(table, request.sparsity, request.pattern)
+    problem = AllocationProblem(table, request.sparsity, request.pattern)
     for name, options in space.first():
         problem.allocate(name, options)
     return problem

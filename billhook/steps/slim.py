@@ -43,6 +43,7 @@ from billhook.steps.slim_job import SlimJob, SlimReport, SlimRequest, kept_parts
 from billhook.steps.slim_plan import check_plan, dropped_by, kinds_in, kinds_of
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.files import read_json, write_json
+from billhook.store.output import absolute
 from billhook.store.shards import result_bytes, weight_bytes, without_missing_entry, write_index
 
 _NEAR = 0.01  # of the parameters in blocks: a share that is so far from what was asked needs no note
@@ -91,9 +92,9 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
         raise BillhookError(f"{request.model} cannot be read one block at a time, so no units can be removed from it.")
     if "blocks" in kinds:
         check_blocks(stream.model)
-    resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
+    resumed = unfinished_run(absolute(request.output), resume=request.resume, overwrite=request.overwrite)
     if given is None and resumed is not None:
-        given = Plan.from_json(resumed.plan, str(partial_folder(_output(request))))
+        given = Plan.from_json(resumed.plan, str(partial_folder(absolute(request.output))))
     if given is None and choosing:
         opened = draw_text(opened, request.model_request(), progress)
     if given is not None:
@@ -113,11 +114,7 @@ def _check_text_given(request: SlimRequest, kinds: Sequence[str], removal: Remov
     reads = {f"Removing units with {request.method}": used, "Removing experts": "experts" in kinds}
     reads |= {"Choosing what goes": choosing}
     reader = next((who for who, reads_text in reads.items() if reads_text), "")
-    check_text_given(request.model_request(), bool(reader), reader)
-
-
-def _output(request: SlimRequest) -> Path:
-    return Path(request.output).expanduser().resolve()
+    check_text_given(request, bool(reader), reader)
 
 
 def _checked_job(
@@ -174,7 +171,7 @@ def run(
     Raises JobError, and Interrupted where the run can be resumed.
     """
     start, request, opened, smaller = time.perf_counter(), job.request, job.opened, job.smaller
-    source, output = opened.source, _output(request)
+    source, output = opened.source, absolute(request.output)
     assert source is not None
     barrier()  # until all processes have checked the output
     lost = loss_of(opened, request.drawing.held_out)

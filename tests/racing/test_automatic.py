@@ -23,7 +23,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.table import Row, Table
 from billhook.racing.automatic import ROUNDS, ErrorCurves, needs, schedule
 from billhook.racing.hyperparameters import COARSE, MIDPOINTS, Space
-from billhook.racing.race import Problem, Race
+from billhook.racing.race import AllocationProblem, Race
 from billhook.steps.prune import prepare
 from billhook.steps.prune_job import PruneRequest
 from billhook.steps.request import open_request
@@ -124,7 +124,7 @@ def test_the_share_of_a_layer_that_a_later_plan_hardly_prunes_is_the_one_measure
     truth = {f"layers.{block}": 3.0 if block == 0 else 0.1 for block in range(8)}
     curve = {"error_curve:wanda": tuple(curve_through(TRIED, [0.002, 0.02, 0.15, 0.6]))}
     table = Table(tuple(Row(n, i, "a", (64, 64), {}, curve) for i, n in enumerate(truth)), {})
-    curves = ErrorCurves(Problem(table, target), "wanda")
+    curves = ErrorCurves(AllocationProblem(table, target), "wanda")
     race = SimpleNamespace(plans={"uniform": curves.uniform, "curves": curves.optimum(truth)}, trials={})
     for name, plan in race.plans.items():
         relative = {layer: curves._error(layer, s) / curves._error(layer, MIDDLE) for layer, s in plan.sparsity.items()}
@@ -168,7 +168,7 @@ class MadeUpRunner:
 def test_rounds_end_where_they_do_not_help(losses: list[float], rounds: int, attributed: int) -> None:
     curve = {"error_curve:wanda": tuple(curve_through(TRIED, [0.002, 0.02, 0.15, 0.6]))}
     table = Table(tuple(Row(f"layers.{i}", i, "a", (64, 64), {}, curve) for i in range(4)), {})
-    runner, problem = MadeUpRunner(losses), Problem(table, 0.5)
+    runner, problem = MadeUpRunner(losses), AllocationProblem(table, 0.5)
     race = Race(runner)  # type: ignore[arg-type]
     race.run(lambda race: schedule(Space(("auto",), {}, 4, 0.5), problem, "wanda", race))
     assert len(race.trials) == 1 + rounds

@@ -7,13 +7,13 @@ from command import contents
 
 from billhook.errors import Interrupted
 from billhook.measurement import level_errors as module
-from billhook.steps import kept_levels
 from billhook.steps import request as requests
+from billhook.steps import saved_levels
 from billhook.steps.compress_units import compress
 from billhook.steps.inputs import ModelRequest
-from billhook.steps.kept_levels import KeptLevels, said_when_stopped
 from billhook.steps.levels import measure_levels
 from billhook.steps.request import in_memory, open_request
+from billhook.steps.saved_levels import SavedLevels, resume_advice
 from billhook.steps.unfinished_folder import ended_early
 
 pytestmark = pytest.mark.gate
@@ -30,7 +30,7 @@ def test_a_streamed_model_gives_the_same_errors_costs_and_losses_as_one_in_memor
     outside = {"model.embed_tokens.weight": ["q8_0", "q5_0", "iq4_nl"]}
     menus = {layer.name: ["q8_0", "q4_0"] for layer in whole.layers}
     found = [
-        measure_levels(opened, menus, outside, torch.float16, KeptLevels(None, {})) for opened in (streamed, whole)
+        measure_levels(opened, menus, outside, torch.float16, SavedLevels(None, {})) for opened in (streamed, whole)
     ]
     assert found[0] == found[1]
     assert all(types["q4_0"] > types["q8_0"] > 0 for types in found[0].errors.values())
@@ -49,7 +49,7 @@ def test_a_type_that_ruins_the_embeddings_does_not_change_what_larger_types_are_
     menus = {layer.name: ["q8_0"] for layer in opened.layers}
     types = ["q8_0", "q5_0", "iq4_nl", "int2/32"]
     found = [
-        measure_levels(opened, menus, {"lm_head.weight": menu}, torch.float16, KeptLevels(None, {})).losses
+        measure_levels(opened, menus, {"lm_head.weight": menu}, torch.float16, SavedLevels(None, {})).losses
         for menu in (types, types[:-1])
     ]
     with_smallest, without = (losses["lm_head.weight"] for losses in found)
@@ -110,14 +110,14 @@ def test_a_choice_that_is_killed_goes_on_with_what_was_measured_and_gives_the_sa
 
 
 def test_measurements_of_another_run_or_version_and_damaged_ones_are_not_used(tmp_path, monkeypatch):
-    KeptLevels(tmp_path / "x.partial", {"seed": 0}).keep(information={"layer": 1.0})
-    assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {"layer": 1.0}
-    assert KeptLevels(tmp_path / "x.partial", {"seed": 1}).found.information == {}
-    monkeypatch.setattr(kept_levels, "VERSION", kept_levels.VERSION + 1)
-    assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {}
+    SavedLevels(tmp_path / "x.partial", {"seed": 0}).keep(information={"layer": 1.0})
+    assert SavedLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {"layer": 1.0}
+    assert SavedLevels(tmp_path / "x.partial", {"seed": 1}).found.information == {}
+    monkeypatch.setattr(saved_levels, "VERSION", saved_levels.VERSION + 1)
+    assert SavedLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {}
     (tmp_path / "x.partial" / "billhook.levels.json").write_text('{"identity": {"seed": 0}, "errors": 3}')
-    assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.errors == {}
-    KeptLevels(tmp_path / "x.partial", {}).forget()
+    assert SavedLevels(tmp_path / "x.partial", {"seed": 0}).found.errors == {}
+    SavedLevels(tmp_path / "x.partial", {}).forget()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,7 +127,7 @@ def test_measurements_of_another_run_or_version_and_damaged_ones_are_not_used(tm
 def test_a_stop_is_known_by_its_kind_and_not_by_the_words_of_its_message(tmp_path, error):
     """What only holds these words is raised as it is."""
     ended = ended_early(error, 0, tmp_path / "out", f"Block 1 is finished and kept in {tmp_path}")
-    with pytest.raises(Interrupted) as raised, said_when_stopped(tmp_path, "start it again"):
+    with pytest.raises(Interrupted) as raised, resume_advice(tmp_path, "start it again"):
         raise ended
     stopped = isinstance(error, KeyboardInterrupt)
     assert raised.value.stopped == ended.stopped == stopped
