@@ -31,11 +31,10 @@ from billhook.steps.levels import Measured, measure_levels
 from billhook.steps.like import like_types
 from billhook.steps.options import split_options
 from billhook.steps.parts import Parts
-from billhook.steps.request import Opened, identity, same_layers
+from billhook.steps.request import Opened, identity, in_memory
 from billhook.steps.saved_levels import SavedLevels
 from billhook.steps.sizes import Sizes
 from billhook.steps.state import partial_folder
-from billhook.store.checkpoint import load
 from billhook.store.output import absolute
 from billhook.trials.heldout import split_samples
 
@@ -158,17 +157,12 @@ def choose(
         plan = allocate_levels(levels, allocation.name, **allocation.options)
         chosen = Chosen(plan, loss_by_size(levels, sizes.fixed) if levels.errors else {})
         return _noted(chosen, notes, levels, sizes.fixed)
-    assert opened.source is not None
     assert opened.samples is not None
-    model = load(
-        opened.source, opened.task.auto_class, dtype=request.dtype, device=request.device,
-        trust_remote_code=request.trust_remote_code,
-    )  # fmt: skip
-    layers = same_layers(model, opened)
-    split = split_samples(model, opened.samples, rows_of(opened.batches[0]), request.seed)
+    whole = in_memory(opened, request)
+    split = split_samples(whole.model, opened.samples, rows_of(opened.batches[0]), request.seed)
     quick = replace(method, options={**method.options, "sweeps": 0})
     chosen = choose_types(
-        model, layers, split, levels, quick, allocator=allocation.name, options=allocation.options,
+        whole.model, whole.layers, split, levels, quick, allocator=allocation.name, options=allocation.options,
         fixed=sizes.fixed, progress=progress,
     )  # fmt: skip
     return _noted(chosen, notes, levels, sizes.fixed)

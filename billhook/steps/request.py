@@ -111,7 +111,7 @@ def open_model(
 
 def draw_text(opened: Opened, request: ModelRequest, progress: Progress = lambda step: None) -> Opened:
     """The same with the calibration samples of the request."""
-    samples = _draw(request, opened.source, opened.model, opened.task, opened.resources.streamed, progress)
+    samples = _draw(request, opened, progress)
     length = row_length(opened.model, samples.batch)
     size = rows_per_batch(len(samples), request.batch_size or batch_size(opened.layers, length))
     return changed(opened, samples=samples, batches=split_rows(samples.batch, size))
@@ -164,19 +164,14 @@ def _open_model(
 
 
 def in_memory(opened: Opened, request: ModelRequest) -> Opened:
-    """The same with the whole model in memory, for what tries plans on it."""
+    """The same with the whole model in memory, with the same layers and added stacks, for what tries plans on it."""
     if not opened.resources.streamed or opened.source is None:
         return opened
     model = load(opened.source, opened.task.auto_class, **request.loading)
-    layers = same_layers(model, opened)
-    return changed(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
-
-
-def same_layers(model: PreTrainedModel, opened: Opened) -> list[Layer]:
-    """The layers of a second model that have the names of the opened one's; it gets the same added stacks."""
     add_stacks(model, added_stacks(opened.model))
     names = {layer.name for layer in opened.layers}
-    return [layer for layer in find_layers(model, convolutions=True) if layer.name in names]
+    layers = [layer for layer in find_layers(model, convolutions=True) if layer.name in names]
+    return changed(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
 
 
 def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
@@ -188,19 +183,18 @@ def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
                 check_finite(block, f"{name}.")
 
 
-def _draw(
-    request: ModelRequest, source: Path | None, model: PreTrainedModel, task: Task, streamed: bool, progress: Progress
-) -> Samples:
+def _draw(request: ModelRequest, opened: Opened, progress: Progress) -> Samples:
     """The calibration samples of a request; for a resumed run, the stored text that the model generated."""
     given: Any = request.calibration
+    source, model = opened.source, opened.model
     stored = None if request.output is None else partial_folder(absolute(request.output)) / WRITTEN
     if request.resume and stored is not None and stored.is_file() and is_self(given):
         given = saved_windows(stored)
     # a streamed model would read every block for every token
-    elif streamed and source is not None and is_self(given):
-        model = load(source, task.auto_class, **request.loading)
+    elif opened.resources.streamed and source is not None and is_self(given):
+        model = load(source, opened.task.auto_class, **request.loading)
     home = Home(source, request.trust_remote_code, request.skip_unreadable)
-    return task.samples(given, model, home, request.drawing, progress)
+    return opened.task.samples(given, model, home, request.drawing, progress)
 
 
 def calibration_facts(opened: Opened) -> dict[str, Any] | None:
