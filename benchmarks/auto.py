@@ -20,7 +20,7 @@ from billhook import load_calibration, load_model
 from billhook.demo import CALIBRATION, LENGTH, MODEL, SAMPLES, evaluation_windows
 from billhook.evaluation.perplexity import evaluate
 from billhook.steps.prune import prepare, run
-from billhook.steps.request import Request
+from billhook.steps.prune_job import PruneRequest
 from billhook.store.checkpoint import load_tokenizer
 
 RACES = {"uniform": {}, "atp": {"beta": "auto"}, "owl": {"lam": "auto"}, "auto": {}, "rco": {}}
@@ -49,7 +49,7 @@ def main() -> None:
         model = load_model(options.model, dtype="float32")
         method = {"criterion": options.criterion, "allocator": allocator, "options": given}
         start = time.process_time()
-        job = prepare(Request(model, options.sparsity, calibration=calibration, **method))
+        job = prepare(PruneRequest(model, options.sparsity, calibration=calibration, **method))
         chosen = time.process_time()
         run(job)
         prune_s = prune_s or time.process_time() - chosen

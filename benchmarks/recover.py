@@ -33,7 +33,7 @@ from torch import Tensor
 from billhook import demo, load_calibration, load_model, prune, quantize, recover
 from billhook.architectures.units import find_units
 from billhook.plan.plan import Budget, Plan
-from billhook.recovery.kept_adam import KeptAdam
+from billhook.recovery.masked_adam import MaskedAdam
 from billhook.recovery.training import steps_
 from billhook.reports.charts import Series, chart
 from billhook.reports.scales import Axis
@@ -170,8 +170,8 @@ def cost(folder: Path, objectives: list[str]) -> None:
         for objective in objectives:
             fields = {"teacher": path, "calibration": home.text, "tokens": 20 * 1024, "rate": 0.003, "batch_size": 4}
             job = prepare(RecoverRequest(model=start, output=place / "out", objective=objective, length=256, **fields))
-            adam, times = KeptAdam(job.problem.kept), [time.process_time()]
-            for _ in steps_(job.problem, adam, 0.003):
+            adam, times = MaskedAdam(job.setup.trained), [time.process_time()]
+            for _ in steps_(job.setup, adam, 0.003):
                 times.append(time.process_time())
             adam.close()
             step = (times[-1] - times[2]) / (len(times) - 3)

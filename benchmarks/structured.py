@@ -26,7 +26,8 @@ from billhook.plan.table import Table
 from billhook.plan.unit_counts import Shape, Size, proportional, uniform_counts
 from billhook.racing.units import UnitProblem
 from billhook.steps.block_choice import BlockChoice, BlockOrder
-from billhook.steps.request import Request, open_request
+from billhook.steps.inputs import ModelRequest
+from billhook.steps.request import open_request
 from billhook.steps.slim_allocation import UnitAllocation, allocate_units, sizes_of
 from billhook.tasks.opening import load_model
 
@@ -68,7 +69,7 @@ def score(
 def score_allocations(model: Path, kinds: Sequence[str], remove: float, shape: Shape, golden: Path) -> None:
     """Print perplexity where measured curves and trials decide what each unit keeps, and for schedules over depth."""
     tokens = [load_file(golden / f"{name}.safetensors")["tokens"].long() for name in ("calibration", "evaluation")]
-    request = Request(model, calibration=tokens[0][:32], batch_size=8, dtype="float32")
+    request = ModelRequest(model, calibration=tokens[0][:32], batch_size=8, dtype="float32")
     opened = open_request(request, True, "The benchmark", streamed=False)
     units = find_units(opened.model, kinds)
     sizes, depth = sizes_of(units, opened.model.config), len(blocks_of(opened.model))
@@ -93,7 +94,7 @@ def score_allocations(model: Path, kinds: Sequence[str], remove: float, shape: S
 def score_blocks(model: Path, remove: float, by: BlockChoice, golden: Path) -> tuple[list[int], float, float]:
     """The blocks dropped, and perplexity without and with the refit of what follows."""
     tokens = [load_file(golden / f"{name}.safetensors")["tokens"].long() for name in ("calibration", "evaluation")]
-    request = Request(model, calibration=tokens[0][:32], batch_size=8)
+    request = ModelRequest(model, calibration=tokens[0][:32], batch_size=8)
     opened = open_request(request, True, "The benchmark", streamed=False)
     whole = opened.model
     units = find_units(whole, ["channels", "heads"])

@@ -21,8 +21,9 @@ from billhook.plan.plan import Plan
 from billhook.plan.recipes import DEFAULT, recipe
 from billhook.plan.table import Table
 from billhook.steps.apply import prune_
+from billhook.steps.inputs import ModelRequest
 from billhook.steps.prune import prune
-from billhook.steps.request import Request, open_request
+from billhook.steps.request import open_request
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_tokenizer, quiet
 from billhook.store.output import check_output
@@ -90,7 +91,7 @@ def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) 
     check_output(output, MODEL, overwrite=_is_demo(output))
     say(f"The bundled model: {MODEL.name}, a small llama trained on Python's standard library.")
     windows = evaluation_windows()
-    opened = open_request(Request(MODEL, **TEXT), True, "The demo")
+    opened = open_request(ModelRequest(MODEL, **TEXT), True, "The demo")
     dense = evaluate(opened.model, windows)
     own = recipe(DEFAULT)
     say(f"Pruning with the default recipe, {DEFAULT}: {own.criterion} with the allocation of {own.allocator}.")

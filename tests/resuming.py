@@ -8,7 +8,7 @@ import pytest
 from billhook import prune
 from billhook.errors import Interrupted
 from billhook.steps.prune import prepare, run
-from billhook.steps.request import Request
+from billhook.steps.prune_job import PruneRequest
 
 
 def whole_and_in_parts(source: Path, folder: Path, stop: int, **fields: Any) -> tuple[bytes, bytes]:
@@ -21,7 +21,7 @@ def whole_and_in_parts(source: Path, folder: Path, stop: int, **fields: Any) -> 
         return left[0] == 0
 
     with pytest.raises(Interrupted):
-        run(prepare(Request(source, output=folder / "parts", **fields)), stopping=stopping)
+        run(prepare(PruneRequest(source, output=folder / "parts", **fields)), stopping=stopping)
     prune(source, output=folder / "parts", resume=True, **fields)
     one, other = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     return one, other

@@ -14,7 +14,7 @@ from billhook import _PUBLIC
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
 from billhook.steps.keywords import CompareFields, DrawnFields, MethodOptions, SearchFields
-from billhook.steps.request import Request
+from billhook.steps.prune_job import PruneRequest
 
 
 def test_type_checkers_see_every_public_name_where_it_is_imported_from() -> None:
@@ -34,7 +34,7 @@ def test_the_keywords_of_prune_are_the_fields_of_a_request_with_their_defaults()
     parameters = dict(inspect.signature(billhook.prune).parameters)
     for name in ("progress", "methods"):
         del parameters[name]
-    fields = inspect.signature(Request).parameters
+    fields = inspect.signature(PruneRequest).parameters
     assert set(parameters) == set(fields)
     for name in set(fields) - {"model", "options"}:
         assert (parameters[name].default or "") == (fields[name].default or ""), name
@@ -44,7 +44,7 @@ def test_the_options_of_methods_are_those_of_the_built_in_ones() -> None:
     pairs = [(registry, name) for registry in (ALLOCATORS, CRITERIA) for name in registry.built_in]
     known = {option for registry, name in pairs for option in registry.options(name)}
     assert set(MethodOptions.__annotations__) == known - {"criterion"}  # which is a keyword of its own
-    fields = set(Request.__dataclass_fields__)
+    fields = set(PruneRequest.__dataclass_fields__)
     assert set(SearchFields.__annotations__) < fields
     assert set(DrawnFields.__annotations__) < set(CompareFields.__annotations__) <= fields
 

@@ -151,10 +151,10 @@ def never_mistaken(folder: Path) -> None:
 
 def stop_after(source: Path, output: Path, blocks: int, **fields) -> None:
     """Leave a run that was stopped after some blocks."""
-    from billhook.steps.prune import Request, prepare, run
+    from billhook.steps.prune import PruneRequest, prepare, run
 
     done = iter(range(100))
     with pytest.raises(
         Interrupted, match=f"Stopped. {blocks} of 3 blocks are finished and kept in .*continue with the same command"
     ):
-        run(prepare(Request(source, output=output, **fields)), stopping=lambda: next(done) + 1 == blocks)
+        run(prepare(PruneRequest(source, output=output, **fields)), stopping=lambda: next(done) + 1 == blocks)

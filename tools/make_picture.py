@@ -16,7 +16,8 @@ from billhook.demo import MODEL, TEXT, evaluation_windows
 from billhook.plan.recipes import DEFAULT
 from billhook.reports.charts import Series, chart
 from billhook.reports.scales import Axis
-from billhook.steps.request import Request, open_request
+from billhook.steps.inputs import ModelRequest
+from billhook.steps.request import open_request
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
 NAMES = ("magnitude", "wanda", "sparsegpt")
@@ -24,7 +25,7 @@ NAMES = ("magnitude", "wanda", "sparsegpt")
 
 def numbers() -> tuple[float, dict[str, list[float]]]:
     """Dense perplexity, and criterion (with the uniform allocation) or recipe -> perplexity at each sparsity."""
-    opened = open_request(Request(MODEL, **TEXT), True, "The picture")
+    opened = open_request(ModelRequest(MODEL, **TEXT), True, "The picture")
     windows = evaluation_windows()
     table = measure(opened.model, [])
     found: dict[str, list[float]] = {name: [] for name in (*NAMES, DEFAULT)}

@@ -10,7 +10,7 @@ from billhook.cli.common import emit, numbers, progress, say, table
 from billhook.cli.options import Json, Loading
 
 if TYPE_CHECKING:
-    from billhook.packed.benchmark import Cell, Side, Spread
+    from billhook.packed.benchmark import Side, Speed, Spread
 
 NAME = "bench"
 EXAMPLES = """\b
@@ -118,12 +118,12 @@ def show(sides: "Sequence[Side]") -> None:
     table("Speed: median (quartiles)", header, [_row(side.name, cell) for side in sides for cell in side.cells])
 
 
-def _unit(cell: "Cell") -> str:
+def _unit(cell: "Speed") -> str:
     """What a model reads."""
     return "images" if cell.prompt is None else "tokens"
 
 
-def _row(name: str, cell: "Cell") -> list[str]:
+def _row(name: str, cell: "Speed") -> list[str]:
     prompt = [] if cell.prompt is None else [f"{cell.prompt}"]
     decode = () if cell.decode is None else _speed(cell.decode, cell.decode_speedup)
     return [name, f"{cell.batch}", *prompt, *_speed(cell.prefill, cell.prefill_speedup), *decode]

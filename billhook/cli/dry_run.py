@@ -1,7 +1,6 @@
 """What `quantize` and `compress` show instead of running (`--dry-run`)."""
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from billhook.cli.common import announce, emit, say, say_notes, table
@@ -10,6 +9,7 @@ from billhook.store.layout import LEVELS
 
 if TYPE_CHECKING:
     from billhook.steps.quantize_job import QuantizeJob
+    from billhook.store.output import absolute
 
 
 def show_job(job: "QuantizeJob", as_json: bool, *, keeps: bool = True) -> None:
@@ -19,7 +19,7 @@ def show_job(job: "QuantizeJob", as_json: bool, *, keeps: bool = True) -> None:
     from billhook.steps.types import plan_types
 
     needed, types, layers = estimate_quantize_time(job), plan_types(job.plan), job.opened.layers
-    kept = partial_folder(Path(job.request.output).expanduser().resolve()) / LEVELS
+    kept = partial_folder(absolute(job.request.output)) / LEVELS
     say_notes(job.notes)
     announce(needed, job.request.device)
     if as_json:

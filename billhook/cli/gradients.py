@@ -31,13 +31,13 @@ def command(
     """Accumulate the gradients of a model's loss on calibration text, one block in memory at a time."""
     from billhook.methods.statistics import gradient_name
     from billhook.steps.gradients import gradient_bytes, make_gradients, open_for_gradients
-    from billhook.steps.request import Request
+    from billhook.steps.inputs import ModelRequest
     from billhook.store.files import check_new_file
     from billhook.store.output import check_room
 
     check_new_file(output)
     statistic = gradient_name(norm, "reference" if text.published else "paper")
-    opened = open_for_gradients(Request(model=model, **vars(text), **work.fields(model), spill_gib=spill_gib))
+    opened = open_for_gradients(ModelRequest(model=model, **vars(text), **work.fields(model), spill_gib=spill_gib))
     check_room(output.absolute(), gradient_bytes(opened.layers))
     with progress("gradients", len(opened.layers), unit=layers_per_block(opened.layers)) as advance:
         made = make_gradients(opened, statistic, output, advance)

@@ -23,11 +23,11 @@ def command(
 ) -> None:
     """Measure the squared inputs of each weight, and write them for llama-quantize --imatrix."""
     from billhook.steps.imatrix import make_imatrix, open_for_imatrix
-    from billhook.steps.request import Request
+    from billhook.steps.inputs import ModelRequest
     from billhook.store.files import check_new_file
 
     check_new_file(output)
-    opened = open_for_imatrix(Request(model=model, output=None, **vars(text), **work.fields(model)))
+    opened = open_for_imatrix(ModelRequest(model=model, output=None, **vars(text), **work.fields(model)))
     layers = opened.layers
     with progress("measuring", len(layers), unit=layers_per_block(layers)) as advance:
         weights = make_imatrix(opened, output, advance)

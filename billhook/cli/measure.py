@@ -30,13 +30,13 @@ def command(
     from billhook.distributed.collectives import distributed
     from billhook.distributed.torchrun import rank
     from billhook.measurement.measure import metric_names, progress_calls
+    from billhook.steps.inputs import ModelRequest
     from billhook.steps.measure import measure_opened, open_to_measure
-    from billhook.steps.request import Request
     from billhook.store.files import check_new_file
 
     names = metric_names(metrics)
     check_new_file(output)
-    request = Request(model=model, **vars(text), **work.fields(model))
+    request = ModelRequest(model=model, **vars(text), **work.fields(model))
     with distributed(request.device):
         opened = open_to_measure(request, names)
         total, unit = progress_calls(names, len(opened.layers)), layers_per_block(opened.layers)

@@ -177,7 +177,7 @@ class Choosing(Loading):
     stacks: Annotated[list[str] | None, typer.Option(help=STACKS_HELP, metavar="NAME")] = None
 
     def fields(self, model: str, *, streams: bool = True) -> dict[str, Any]:
-        """The fields of a `Request`."""
+        """The fields of a request."""
         given = {key: getattr(self, key) or () for key in ("targets", "ignore", "stacks")}
         return {**super().fields(model, streams=streams), **given}
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from billhook.plan.plan import Plan
     from billhook.steps.estimate import Estimate
     from billhook.steps.prune import Job, Report
-    from billhook.steps.request import Request
+    from billhook.steps.prune_job import PruneRequest
 
 NAME = "prune"
 EXAMPLES = """\b
@@ -75,7 +75,7 @@ class Method:
     ] = None
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a `Request` that are given."""
+        """The fields of a `PruneRequest` that are given."""
         given = {key: value for key, value in vars(self).items() if value is not None and key != "settings"}
         return {**given, "options": parse_settings(self.settings)}
 
@@ -105,14 +105,14 @@ def command(
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face directory."""
     from billhook.errors import BillhookError
-    from billhook.steps.request import Request
+    from billhook.steps.prune_job import PruneRequest
 
     if output is None and not dry_run:
         raise BillhookError(
             "Say where the pruned model goes: --output DIRECTORY (or --dry-run to see what would happen)."
         )
     groups = {**method.fields(), **vars(text), **work.fields(model), **vars(writing)}
-    report = _prune(Request(model=model, output=output, **groups), log_file, dry_run, as_json)
+    report = _prune(PruneRequest(model=model, output=output, **groups), log_file, dry_run, as_json)
     if report is None:
         return
     weights = sum(x.n for x in report.layers)
@@ -126,7 +126,7 @@ def command(
         emit(report.to_json())
 
 
-def _prune(request: "Request", log_file: Path | None, dry_run: bool, as_json: bool) -> "Report | None":
+def _prune(request: "PruneRequest", log_file: Path | None, dry_run: bool, as_json: bool) -> "Report | None":
     """Check the request, announce what it needs, and run it, or print what it would do."""
     from billhook.cli.events import Log
     from billhook.distributed.collectives import distributed

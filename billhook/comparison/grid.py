@@ -15,7 +15,6 @@ from typing import Any, Unpack
 
 from transformers import PreTrainedModel
 
-from billhook import __version__
 from billhook.ambient import pinned
 from billhook.comparison.axes import Grid
 from billhook.comparison.record import SCORES, TITLES, Cell, Comparison, measure_of, method, shown
@@ -32,13 +31,14 @@ from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing.automatic import choose
-from billhook.racing.race import Problem
+from billhook.racing.race import AllocationProblem
 from billhook.recovery.blockwise import Refine
 from billhook.steps.apply import prune_with
-from billhook.steps.facts import versions
+from billhook.steps.facts import all_versions
 from billhook.steps.gradients import check_temporary_room, make_gradients
 from billhook.steps.keywords import CompareFields
-from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
+from billhook.steps.prune_job import PruneRequest
+from billhook.steps.request import Opened, calibration_facts, open_request
 from billhook.store.compute import dtype_name
 from billhook.store.files import json_text
 from billhook.text.corpus import is_token_file
@@ -62,12 +62,12 @@ def compare(
     """Run a grid and score every cell on at most `limit` windows of `data`; the model's weights are restored.
 
     `output` is a directory for compare.json, which is written after every cell: the same call continues an interrupted
-    comparison. `fields` are those of `Request` (calibration, samples, length, targets, ...). `progress` is called with
-    a line for each cell. Raises BillhookError, before anything is pruned, for an impossible request and where the
+    comparison. `fields` are those of `PruneRequest` (calibration, samples, length, targets, ...). `progress` is called
+    with a line for each cell. Raises BillhookError, before anything is pruned, for an impossible request and where the
     directory holds another comparison.
     """
     grid.check()
-    request = Request(model, **fields)
+    request = PruneRequest(model, **fields)
     _check_seeds(grid, request)
     cells = list(grid.cells(request.seed))
     opened = open_request(request, any(map(grid.reads_text, cells)), _WHO)
@@ -94,7 +94,7 @@ def compare(
     return found
 
 
-def _check_seeds(grid: Grid, request: Request) -> None:
+def _check_seeds(grid: Grid, request: PruneRequest) -> None:
     """Raise BillhookError where calibration windows cannot be drawn more than once."""
     text = request.calibration
     if grid.seeds > 1 and (is_token_file(str(text)) if isinstance(text, str | Path) else holds_ids(text)):
@@ -108,20 +108,18 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{words}: {TITLES[name]} {shown(name, row[name], 4)}"
 
 
-def _identity(grid: Grid, request: Request, opened: Opened, read: Scored) -> dict[str, Any]:
+def _identity(grid: Grid, request: PruneRequest, opened: Opened, read: Scored) -> dict[str, Any]:
     """What a comparison depends on apart from its cells; it can be continued only with the same values."""
     return {
         "model": opened.facts,
         "protocol": read.protocol,
         "data": read.data,
-        "calibration": None if opened.samples is None else calibration_facts(opened),
+        "calibration": calibration_facts(opened),
         "options": dict(grid.options),
-        "targets": listed(request.targets),
-        "ignore": listed(request.ignore),
-        "stacks": listed(request.stacks),
+        **request.selection,
         "group": request.group,
         "dtype": dtype_name(opened.model.dtype),
-        "versions": {"billhook": __version__, **versions()},
+        "versions": all_versions(),
     }
 
 
@@ -149,7 +147,7 @@ def _digest(plan: Plan) -> str:
 class _Runner:
     """Runs cells on one model and caches what they share; gradients are stored in files in the directory `scratch`."""
 
-    def __init__(self, grid: Grid, request: Request, opened: Opened, read: Scored, scratch: Path) -> None:
+    def __init__(self, grid: Grid, request: PruneRequest, opened: Opened, read: Scored, scratch: Path) -> None:
         self.grid, self.request, self.opened, self.scratch = grid, request, opened, scratch
         self.read, self._batch = read, read.batch
         columns = (name for cell in grid.cells(request.seed) for name in grid.columns(cell))
@@ -193,7 +191,7 @@ class _Runner:
         options = self.grid.allocator_options(cell)
         if self.grid.raced(cell):
             assert opened.samples is not None
-            problem = Problem(table, cell.sparsity, cell.pattern)
+            problem = AllocationProblem(table, cell.sparsity, cell.pattern)
             return choose(
                 opened.model, opened.layers, opened.samples, problem, method, allocator=cell.allocator,
                 options=options, batch_size=rows_of(opened.batches[0]), seed=cell.seed,

@@ -11,7 +11,8 @@ from billhook.evaluation.quality import Reference
 from billhook.evaluation.rows import evaluate_rows
 from billhook.evaluation.scoring import Scoring
 from billhook.images.pixels import digest as digest_of_pixels
-from billhook.steps.request import Opened, Request
+from billhook.steps.inputs import ModelRequest
+from billhook.steps.request import Opened
 from billhook.tasks.base import Home, RowTask, WindowTask
 from billhook.tasks.token_windows import tokenizer_of, window_length
 from billhook.text.corpus import source_name
@@ -34,7 +35,7 @@ class Scored(Protocol):
         ...
 
 
-def scored(opened: Opened, request: Request, data: str, limit: int | None) -> Scored:
+def scored(opened: Opened, request: ModelRequest, data: str, limit: int | None) -> Scored:
     """Read the data for a model that is still dense; raises BillhookError as its task does."""
     home = Home(opened.source, request.trust_remote_code, request.skip_unreadable)
     if isinstance(opened.task, RowTask):

@@ -19,7 +19,7 @@ from billhook.architectures.layers import Layer, find_layers, with_linear
 from billhook.distributed.collectives import broadcast_, gather, shard, world
 from billhook.engine.batch import Batch
 from billhook.engine.capture import not_run
-from billhook.engine.method import Treatment
+from billhook.engine.method import WeightMethod
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, Progress, walk
 from billhook.errors import BillhookError, JobError
@@ -82,7 +82,7 @@ class Tuner(Protocol):
 def apply_plan_(
     model: PreTrainedModel,
     plan: Plan,
-    method: Treatment,
+    method: WeightMethod,
     batches: Sequence[Batch] = (),
     *,
     layers: Sequence[Layer] | None = None,
@@ -142,7 +142,7 @@ class _Applying:
 
     plan: Plan
     zeros: Mapping[str, int]
-    method: Treatment
+    method: WeightMethod
     gradients: Mapping[str, Tensor] | None
     known: Mapping[str, LayerStats]
     progress: Progress

@@ -24,7 +24,7 @@ Rounding = Literal["exact", "floor"]
 Prefix = Literal["pruned", "dense"]
 
 
-class Treatment(Protocol):
+class WeightMethod(Protocol):
     """What is done to each weight of a plan."""
 
     @property

@@ -120,6 +120,11 @@ class Loss:
         return f"{start}, {agreed}{known}, on {where}"
 
 
+def loss_json(loss: Loss | None) -> dict[str, Any] | None:
+    """A loss for json; null where it was not measured."""
+    return None if loss is None else loss.to_dict()
+
+
 _OF_ROWS = ("unit", "accuracy", "dense_accuracy", "cosine", "cosine_error")
 
 

@@ -20,7 +20,7 @@ from billhook.errors import BillhookError, JobError
 from billhook.export.gguf_metadata import Fact, add_facts, add_origin, add_sizes
 from billhook.export.gguf_template import Quantized, copy_metadata, matched_entries
 from billhook.export.gguf_tokenizer import add_tokenizer
-from billhook.export.gguf_writer import Entry, Written, add_tensors, add_types, byte_shape, finish, whole_size
+from billhook.export.gguf_writer import Entry, ExportReport, add_tensors, add_types, byte_shape, finish, whole_size
 from billhook.store.checkpoint import check_directory, loading
 from billhook.store.files import untrusted
 from billhook.store.gguf_file import GgufFile, read_gguf, require_gguf
@@ -53,7 +53,7 @@ def write_gguf(
     facts: Mapping[str, Fact] | None = None,
     changed: Sequence[Path] = (),
     progress: Callable[[str], None] = lambda tensor: None,
-) -> Written:
+) -> ExportReport:
     """Write the model directory `source` to the file `output`.
 
     `quantized` maps names of tensors on disk to a GGUF type (`q4_k`) and packed bytes, uint8 [out, n], or [experts,

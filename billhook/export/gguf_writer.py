@@ -39,7 +39,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportReport:
     """What was written: the number of tensors of each type, and notes on what llama.cpp computes otherwise; `path` is
     the first of several `parts`."""
 
@@ -82,13 +82,13 @@ def finish(
     notes: list[str],
     output: Path,
     progress: Callable[[str], None],
-) -> Written:
+) -> ExportReport:
     """Write the file; raises BillhookError where `output` cannot be written, and JobError for a full disk."""
     check_writable(output)
     check_room(output, sum(entry.bytes for entry in entries))
     parts = write(writer, entries, output, progress)
     size = sum(part.stat().st_size for part in parts)
-    return Written(parts[0], size, dict(Counter(entry.type for entry in entries)), notes, parts)
+    return ExportReport(parts[0], size, dict(Counter(entry.type for entry in entries)), notes, parts)
 
 
 def whole_size(writer: "GGUFWriter", entries: Iterable[Entry]) -> int:

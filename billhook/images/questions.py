@@ -14,7 +14,7 @@ from typing import Any
 
 from billhook.errors import BillhookError
 from billhook.images.corpus import Picture, pillow
-from billhook.text.objects import Row, objects
+from billhook.text.objects import DataRow, objects
 from billhook.text.rows import cleaned
 
 FORMS = (
@@ -46,7 +46,7 @@ def questions(source: Any, purpose: str) -> list[Question]:
     return [_question(row) for row in objects(source, purpose, FORMS)]
 
 
-def _question(row: Row) -> Question:
+def _question(row: DataRow) -> Question:
     fields, where = row.fields, row.where
     images = fields.get("image", fields.get("images"))
     images = images if isinstance(images, list | tuple) else [] if images is None else [images]

@@ -37,7 +37,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Speed:
     """Speed at one batch size and prompt length.
 
     * `batch`: prompts, texts or images at once.
@@ -69,7 +69,7 @@ class Side:
     * `file_bytes`: size of the weight files and of billhook_packed.json.
     * `memory_bytes`: what loading and running added to the peak memory of its process.
     * `load_s`: seconds to load and check it and, the first time on a machine, to autotune.
-    * `cells`: speeds (see `Cell`).
+    * `cells`: speeds (see `Speed`).
     """
 
     name: str
@@ -78,7 +78,7 @@ class Side:
     file_bytes: int
     memory_bytes: int
     load_s: float
-    cells: list[Cell]
+    cells: list[Speed]
 
 
 def bench(
@@ -164,7 +164,7 @@ def _side(path: Path, facts: dict[str, Any], times: Times, runs: Sequence[Run], 
             pairs = list(zip(speeds, base[number], strict=True))
             ratios = {kind: _spread([speed[kind] / dense[kind] for speed, dense in pairs]) for kind in speeds[0]}
             found |= {f"{kind}_speedup": ratio for kind, ratio in ratios.items()}
-        cells.append(Cell(run.batch, run.prompt, **found))
+        cells.append(Speed(run.batch, run.prompt, **found))
     return Side(
         path.name, packed=is_packed(path), sparsity=facts["sparsity"], file_bytes=file_bytes(path),
         memory_bytes=max(0, facts["peak_bytes"] - facts["idle_bytes"]), load_s=facts["load_s"], cells=cells,

@@ -72,7 +72,7 @@ class TensorFile:
 
 
 @dataclass
-class Written:
+class PackedFile:
     """A packed file: its name and size, the SHA-256 of the dense file it replaces, and checksums of its tensors.
 
     `squares` has for each packed tensor the sums of squared int8 errors and of squared weights.
@@ -86,7 +86,9 @@ class Written:
     squares: dict[str, tuple[float, float]]
 
 
-def write_file(shard: Shard, matrices: Mapping[str, Matrix], folder: Path, progress: Callable[[str], None]) -> Written:
+def write_file(
+    shard: Shard, matrices: Mapping[str, Matrix], folder: Path, progress: Callable[[str], None]
+) -> PackedFile:
     """Write the packed form of `shard` into `folder`; `progress` is called with the name of each tensor."""
     sha256, squares = hashlib.sha256(shard.header), {}
     target = folder / f"{shard.path.name.removesuffix('.safetensors')}.packed.safetensors"
@@ -101,7 +103,7 @@ def write_file(shard: Shard, matrices: Mapping[str, Matrix], folder: Path, progr
                 file.add(entry.name, raw)
                 sha256.update(raw.data)
             progress(entry.name)
-    return Written(target.name, shard, file.bytes, sha256.hexdigest(), file.crc32, squares)
+    return PackedFile(target.name, shard, file.bytes, sha256.hexdigest(), file.crc32, squares)
 
 
 def _tensors(
@@ -185,7 +187,7 @@ def relative_error(squares: Sequence[tuple[float, float]]) -> float:
 
 def write_record(
     folder: Path,
-    written: Sequence[Written],
+    written: Sequence[PackedFile],
     matrices: Mapping[str, Matrix],
     index: str | None,
     files: Mapping[str, str],

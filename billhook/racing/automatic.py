@@ -41,7 +41,7 @@ from billhook.plan.allocators import AUTO, RCO
 from billhook.plan.allocators.curves import LEAST, MIDDLE, at
 from billhook.plan.plan import Plan
 from billhook.racing.hyperparameters import Space
-from billhook.racing.race import Candidate, Problem, Race
+from billhook.racing.race import AllocationProblem, Candidate, Race
 from billhook.racing.sparsities import by_descent
 from billhook.tasks.base import Samples
 from billhook.tasks.opening import task_of
@@ -68,7 +68,7 @@ def choose(
     model: PreTrainedModel,
     layers: Sequence[Layer],
     samples: Samples,
-    problem: Problem,
+    problem: AllocationProblem,
     method: Method,
     *,
     allocator: str = AUTO,
@@ -101,7 +101,7 @@ def choose(
     return race.result({"heldout": split.facts["heldout"]})
 
 
-def schedule(space: Space, problem: Problem, criterion: str, race: Race) -> Iterator[Candidate]:
+def schedule(space: Space, problem: AllocationProblem, criterion: str, race: Race) -> Iterator[Candidate]:
     """The candidates of `auto`, if it is among the allocators, and those of the others."""
     if AUTO in space.allocators:
         yield from rounds(ErrorCurves(problem, criterion), race)
@@ -124,7 +124,7 @@ def rounds(curves: "ErrorCurves", race: Race) -> Iterator[Candidate]:
 class ErrorCurves:
     """Plans from the error curves of the problem's table and given shares."""
 
-    def __init__(self, problem: Problem, criterion: str) -> None:
+    def __init__(self, problem: AllocationProblem, criterion: str) -> None:
         self.problem, self.criterion = problem, criterion
         self.uniform = problem.allocate("uniform", {})
         curves = problem.table.curve(f"error_curve:{criterion}")

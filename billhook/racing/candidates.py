@@ -14,7 +14,7 @@ from torch import Tensor
 
 from billhook.architectures.layers import Layer
 from billhook.engine.batch import Batch, rows_of, select_rows
-from billhook.engine.method import Treatment
+from billhook.engine.method import WeightMethod
 from billhook.engine.walk import Progress, walk
 from billhook.methods.encoded import Encoded
 from billhook.methods.statistics import LayerStats
@@ -92,7 +92,7 @@ class CandidateWeights(GradientLevels):
         groups: Sequence[tuple[str, ...]],
         specs: Sequence[Sequence[Spec]],
         rows: Batch,
-        method: Treatment,
+        method: WeightMethod,
         *,
         progress: Progress = lambda line: None,
     ) -> None:
@@ -102,7 +102,7 @@ class CandidateWeights(GradientLevels):
 
     @torch.no_grad()
     def _encode(
-        self, specs: Sequence[Sequence[Spec]], method: Treatment, progress: Progress
+        self, specs: Sequence[Sequence[Spec]], method: WeightMethod, progress: Progress
     ) -> Mapping[str, list[Encoded]]:
         """The candidates of each layer, from the dense model's statistics."""
         found: dict[str, list[Encoded]] = {}

@@ -16,7 +16,7 @@ from billhook.errors import BillhookError
 from billhook.plan.allocators import ALLOCATORS, AUTO, ON_MODEL
 from billhook.plan.allocators.atp import beta_grid, largest_beta
 from billhook.racing.allocators import registry_of
-from billhook.racing.race import Candidate, Problem, Race, Trial
+from billhook.racing.race import AllocationProblem, Candidate, Race, Trial
 
 RACED = (AUTO, "alphapruning", "atp", "owl", "dlp")  # sensitivity needs an evaluation a block, and others rarely win
 OWL_GRID = {"lam": (0.02, 0.05, 0.08, 0.1, 0.2), "m": (3.0, 5.0, 7.0, 10.0)}  # EvoPress' code, arXiv:2410.14649
@@ -96,7 +96,7 @@ class Space:
         """The columns that the allocators read."""
         return list(dict.fromkeys(key for name, options in self.first() for key in ALLOCATORS.needs(name, options)))
 
-    def schedule(self, problem: Problem, race: Race) -> Iterator[Candidate]:
+    def schedule(self, problem: AllocationProblem, race: Race) -> Iterator[Candidate]:
         """The candidates in the order in which they are tried."""
         for name, options in self.first():
             yield problem.candidate(name, options)

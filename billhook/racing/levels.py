@@ -47,10 +47,10 @@ Weights = Mapping[str, float]  # by layer
 
 @dataclass(frozen=True)
 class Chosen:
-    """The best `plan`, and `outlook`: the predicted loss of other sizes, by factor, relative to that of its own."""
+    """The best `plan`, and the predicted loss of other sizes, by factor, relative to that of its own."""
 
     plan: Plan
-    outlook: Mapping[float, float]
+    loss_by_size: Mapping[float, float]
 
 
 def choose_types(
@@ -83,7 +83,7 @@ def choose_types(
             plan = by_gradients(runner, inner, split.batches, allocator, options or {}, progress)
     made_by = {**plan.made_by, **levels.recorded()}
     plan = levels.plan(types_of(plan) | outside, made_by)
-    return Chosen(plan, outlook(levels, fixed))
+    return Chosen(plan, loss_by_size(levels, fixed))
 
 
 def columns() -> list[str]:
@@ -142,7 +142,7 @@ def by_gradients(
     return levels.plan(types, made_by)
 
 
-def outlook(levels: Levels, fixed: int) -> dict[float, float]:
+def loss_by_size(levels: Levels, fixed: int) -> dict[float, float]:
     """The predicted loss of a file with a tenth less and a tenth more bytes, relative to that of this size.
 
     All three are those of the types of `curves`; of a file, `fixed` bytes are not part of the budget.

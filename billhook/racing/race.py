@@ -37,7 +37,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Problem:
+class AllocationProblem:
     """What plans are made from: the measured table, the sparsity to reach (None: the pattern's), the pattern, and
     whether each stack of blocks meets the sparsity or all share it."""
 

@@ -25,7 +25,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern, Spec
 from billhook.racing.allocators import MODEL_ALLOCATORS
 from billhook.racing.candidates import CandidateWeights
-from billhook.racing.race import Problem
+from billhook.racing.race import AllocationProblem
 from billhook.racing.rco import descend
 from billhook.trials.trials import TrialRunner
 
@@ -43,7 +43,7 @@ def menu(target: float, pattern: Pattern) -> list[float]:
 
 
 def by_descent(
-    runner: TrialRunner, problem: Problem, options: Mapping[str, Any], progress: Progress = lambda line: None
+    runner: TrialRunner, problem: AllocationProblem, options: Mapping[str, Any], progress: Progress = lambda line: None
 ) -> Plan:
     """The plan of RCO for the layers of a problem's table; the model has its dense weights again afterwards."""
     pattern = Pattern.parse(problem.pattern)

@@ -19,12 +19,12 @@ from billhook.plan.table import Row, Table
 from billhook.plan.unit_counts import Shape, Size, per_layer_counts, shares_of, uniform_counts
 from billhook.racing.allocators import MODEL_ALLOCATORS
 from billhook.racing.automatic import ErrorCurves, rounds
-from billhook.racing.race import Candidate, Problem, Race
+from billhook.racing.race import AllocationProblem, Candidate, Race
 from billhook.trials.unit_trials import UnitRunner
 
 
 @dataclass(frozen=True)
-class UnitProblem(Problem):
+class UnitProblem(AllocationProblem):
     """What plans of units are made from: `sizes` of the units, of which `remove` parameters go, and the `shape`.
 
     The rows of the table are units; `stays` is what stays in all blocks.

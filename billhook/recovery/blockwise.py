@@ -47,7 +47,7 @@ from billhook.engine.restore import differentiable, exchanged
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.block_data import STEP, Data, Piece, minibatches, split_windows
-from billhook.recovery.kept_adam import KeptAdam
+from billhook.recovery.masked_adam import MaskedAdam
 from billhook.recovery.trained import Kept, Trained, give_, values_of
 
 Refining = Literal["none", "blocks", "blocks+norms"]
@@ -205,7 +205,7 @@ def _descend(
     number of epochs."""
     train, held = split
     random = torch.Generator().manual_seed(1000 * options.seed + index)
-    adam = KeptAdam(tuned, betas=_BETAS, clip=math.inf)
+    adam = MaskedAdam(tuned, betas=_BETAS, clip=math.inf)
     best, least, bad, improved = adam.values(), _mean_loss(module, data, held), 0, False
     # without a scale, the gradient of a single token underflows in a float16 head
     scale = 2.0 ** math.ceil(math.log2(STEP * max(h.shape[1] for h in data.inputs)))

@@ -32,7 +32,7 @@ from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
 from billhook.engine.restore import differentiable
 from billhook.evaluation.predicting import predicted, row_losses, rows_at_once
 from billhook.evaluation.scoring import Scoring
-from billhook.recovery.kept_adam import KeptAdam
+from billhook.recovery.masked_adam import MaskedAdam
 from billhook.recovery.outputs import Predictor
 from billhook.recovery.trained import Trained, are_sharded, give_, values_of
 
@@ -45,8 +45,8 @@ Progress = Callable[[str], None]  # called with the name of each finished step
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What is trained: `kept` entries of `model` on the rows of `batch`, `rows` of them in a step, for `steps` steps.
+class TrainingSetup:
+    """What is `trained` of `model`, on the rows of `batch`, `rows` of them in a step, for `steps` steps.
 
     `student` and `teacher` (None: there is none) give the outputs that the `objective` compares; `held_out` is the
     held-out loss of the model as it is now. `write(count, seed)` gives windows, int64 [count, length], that the
@@ -56,7 +56,7 @@ class Problem:
     """
 
     model: PreTrainedModel
-    kept: Sequence[Trained]
+    trained: Sequence[Trained]
     batch: Batch
     rows: int
     steps: int
@@ -73,7 +73,7 @@ class Problem:
     @property
     def sharded(self) -> bool:
         """Whether every process has its own part of what is trained."""
-        return are_sharded(self.kept)
+        return are_sharded(self.trained)
 
     @property
     def measured_every(self) -> int:
@@ -179,28 +179,28 @@ def _mean(values: Sequence[float]) -> float:
     return float(total / count)
 
 
-def race(problem: Problem, before: float, progress: Progress = lambda step: None) -> dict[float, float]:
+def race(setup: TrainingSetup, before: float, progress: Progress = lambda step: None) -> dict[float, float]:
     """The held-out loss after a short run with each of the rates, infinite where it diverged; the model, whose held-out
     loss is `before`, is as it was afterwards. Larger rates than one that does more harm than the best one does good are
     not tried."""
-    short, start, found = replace(problem, steps=problem.race_steps), values_of(problem.kept), dict[float, float]()
-    for share in problem.shares:
-        adam = KeptAdam(problem.kept)
+    short, start, found = replace(setup, steps=setup.race_steps), values_of(setup.trained), dict[float, float]()
+    for share in setup.shares:
+        adam = MaskedAdam(setup.trained)
         losses = []
         for loss in steps_(short, adam, share):
             losses.append(loss)
             progress(f"rate {share:.2%}")
         adam.close()
-        held_out = problem.held_out() if math.isfinite(losses[-1]) else math.nan
+        held_out = setup.held_out() if math.isfinite(losses[-1]) else math.nan
         found[share] = held_out if math.isfinite(held_out) else math.inf
-        give_(problem.kept, start)
+        give_(setup.trained, start)
         if len(found) > 1 and found[share] - before > before - min(found.values()):
             break
     return found
 
 
 def train_(
-    problem: Problem,
+    setup: TrainingSetup,
     share: float,
     *,
     saved: Saved | None = None,
@@ -211,51 +211,51 @@ def train_(
 
     `save` is called after every measurement; what it raises ends the run.
     """
-    start = values_of(problem.kept)
-    before = problem.held_out() if saved is None else saved.state.losses[0]
+    start = values_of(setup.trained)
+    before = setup.held_out() if saved is None else saved.state.losses[0]
     state, best = (State(losses={0: before}), start) if saved is None else (saved.state, dict(saved.best))
-    adam = KeptAdam(problem.kept)
+    adam = MaskedAdam(setup.trained)
     if saved is not None:
         adam.load_(saved.optimizer)
-    for loss in () if problem.ended(state) else steps_(problem, adam, share, state.steps):
+    for loss in () if setup.ended(state) else steps_(setup, adam, share, state.steps):
         state.steps += 1
         progress(f"step {state.steps}")
         state.diverged = not math.isfinite(loss)
-        if not state.diverged and (state.steps % problem.measured_every == 0 or state.steps == problem.steps):
-            best = adam.values() if state.measured(problem.held_out()) else best
+        if not state.diverged and (state.steps % setup.measured_every == 0 or state.steps == setup.steps):
+            best = adam.values() if state.measured(setup.held_out()) else best
             save(Saved(state, adam.state(), best))
-        if problem.ended(state):
+        if setup.ended(state):
             break
     adam.close()
-    give_(problem.kept, {k.name: best[k.name].to(k.stored) for k in problem.kept})
-    after = problem.held_out()
+    give_(setup.trained, {k.name: best[k.name].to(k.stored) for k in setup.trained})
+    after = setup.held_out()
     if after < before:
         return Recovered(before, after, state)
-    give_(problem.kept, start)
+    give_(setup.trained, start)
     return Recovered(before, before, state)
 
 
-def steps_(problem: Problem, adam: KeptAdam, share: float, done: int = 0) -> Iterator[float]:
+def steps_(setup: TrainingSetup, adam: MaskedAdam, share: float, done: int = 0) -> Iterator[float]:
     """Do the steps after the first `done`, and yield the loss of each; one that is not finite changes nothing, and is
     the last."""
-    parameters, written = [k.parameter for k in problem.kept], list[Tensor]()
-    for step in range(done, problem.steps):
-        batch = problem.step_batch(step)
-        if problem.write is not None:
-            if step % problem.measured_every == 0:  # where a run goes on, so that it has the same windows
-                several = problem.write(problem.rows * problem.measured_every, problem.seed + 1 + step)
-                written = list(several.split(problem.rows))
-            batch = {**batch, "written": written[step % problem.measured_every]}
+    parameters, written = [k.parameter for k in setup.trained], list[Tensor]()
+    for step in range(done, setup.steps):
+        batch = setup.step_batch(step)
+        if setup.write is not None:
+            if step % setup.measured_every == 0:  # where a run goes on, so that it has the same windows
+                several = setup.write(setup.rows * setup.measured_every, setup.seed + 1 + step)
+                written = list(several.split(setup.rows))
+            batch = {**batch, "written": written[step % setup.measured_every]}
         value = 0.0
-        with torch.enable_grad(), differentiable(parameters, problem.model.parameters()):
-            for part in problem.own_parts(batch):
-                loss = problem.objective(problem.student, problem.teacher, part) * (rows_of(part) / problem.rows)
+        with torch.enable_grad(), differentiable(parameters, setup.model.parameters()):
+            for part in setup.own_parts(batch):
+                loss = setup.objective(setup.student, setup.teacher, part) * (rows_of(part) / setup.rows)
                 loss.backward()
                 value += float(loss.detach())
         value = float(all_reduce_(torch.tensor(value, dtype=torch.float64)))
         adam.share_gradients_()
         if math.isfinite(value):
-            adam.step(share * problem.falling(step))
+            adam.step(share * setup.falling(step))
         yield value
         if not math.isfinite(value):
             return

@@ -23,19 +23,19 @@ from billhook.plan.level_allocators import ERRORS, LEVEL_ALLOCATORS, WEIGHTS, al
 from billhook.plan.levels import Levels, types_of
 from billhook.plan.plan import Plan
 from billhook.racing.allocators import MODEL_ALLOCATORS
-from billhook.racing.levels import Chosen, choose_types, columns, needs, outlook
+from billhook.racing.levels import Chosen, choose_types, columns, loss_by_size, needs
 from billhook.registry import Registry, hint
 from billhook.steps.earlier_levels import earlier_levels, step_with_levels
-from billhook.steps.kept_levels import KeptLevels
+from billhook.steps.inputs import ModelRequest
 from billhook.steps.levels import Measured, measure_levels
 from billhook.steps.like import like_types
 from billhook.steps.options import split_options
 from billhook.steps.parts import Parts
-from billhook.steps.request import Opened, Request, same_layers
-from billhook.steps.resolve import identity
+from billhook.steps.request import Opened, identity, in_memory
+from billhook.steps.saved_levels import SavedLevels
 from billhook.steps.sizes import Sizes
 from billhook.steps.state import partial_folder
-from billhook.store.checkpoint import load
+from billhook.store.output import absolute
 from billhook.trials.heldout import split_samples
 
 LIKE = "like:"
@@ -120,7 +120,7 @@ def _registry(name: str) -> Registry | None:
 
 
 def choose(
-    request: Request,
+    request: ModelRequest,
     opened: Opened,
     sizes: Sizes,
     tied: Sequence[tuple[str, ...]],
@@ -141,7 +141,7 @@ def choose(
             digest = opened.facts["digest"]
             found, notes = earlier_levels(allocation.levels, digest, sizes.menus, sizes.outside_menus)
         else:
-            found = _measured(request, opened, sizes, method, progress)
+            found = _measure(request, opened, sizes, method, progress)
         errors = {**found.errors, **found.losses}
         measured = {name: list(errors[name]) for name in menus}
         levels = replace(levels, menus=measured, errors=errors, weights=found.costs)
@@ -155,19 +155,14 @@ def choose(
     levels = replace(levels, table=table)
     if not allocation.on_trial:
         plan = allocate_levels(levels, allocation.name, **allocation.options)
-        chosen = Chosen(plan, outlook(levels, sizes.fixed) if levels.errors else {})
+        chosen = Chosen(plan, loss_by_size(levels, sizes.fixed) if levels.errors else {})
         return _noted(chosen, notes, levels, sizes.fixed)
-    assert opened.source is not None
     assert opened.samples is not None
-    model = load(
-        opened.source, opened.task.auto_class, dtype=request.dtype, device=request.device,
-        trust_remote_code=request.trust_remote_code,
-    )  # fmt: skip
-    layers = same_layers(model, opened)
-    split = split_samples(model, opened.samples, rows_of(opened.batches[0]), request.seed)
+    whole = in_memory(opened, request)
+    split = split_samples(whole.model, opened.samples, rows_of(opened.batches[0]), request.seed)
     quick = replace(method, options={**method.options, "sweeps": 0})
     chosen = choose_types(
-        model, layers, split, levels, quick, allocator=allocation.name, options=allocation.options,
+        whole.model, whole.layers, split, levels, quick, allocator=allocation.name, options=allocation.options,
         fixed=sizes.fixed, progress=progress,
     )  # fmt: skip
     return _noted(chosen, notes, levels, sizes.fixed)
@@ -193,10 +188,10 @@ def _noted(chosen: Chosen, notes: list[str], levels: Levels, fixed: int) -> Chos
     return replace(chosen, plan=replace(chosen.plan, made_by=made_by))
 
 
-def _measured(request: Request, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Measured:
+def _measure(request: ModelRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Measured:
     menus = {"layers": sizes.menus, "outside": sizes.outside_menus}
-    same = identity(request, opened, {"scales": str(method.scale_dtype)}, None, None) | menus
-    kept = KeptLevels(partial_folder(Path(str(request.output)).expanduser().resolve()), same)
+    same = identity(request, opened, {"scales": str(method.scale_dtype)}, None) | menus
+    kept = SavedLevels(partial_folder(absolute(str(request.output))), same)
     try:
         return measure_levels(
             opened, sizes.menus, sizes.outside_menus, method.scale_dtype, kept, seed=request.seed, progress=progress

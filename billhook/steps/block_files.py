@@ -57,12 +57,32 @@ class Decoded(Stored):
         return values.view(*several, out, columns)
 
 
-class BlockFiles:
-    """A sink with one file for each block of a streamed model; `grids` are those of the quantized tensors on disk.
+class FilePerBlock:
+    """What sinks have in common that write one file for the tensors outside of the blocks of a streamed model, and then
+    one for each of `count` blocks."""
+
+    def __init__(self, stream: Stream, count: int) -> None:
+        self.stream, self.entries, self.files = stream, stream.source, file_names(count + 1)
+        self._block = {name: index for index, names in enumerate(stream.names) for name in names}
+
+    def begun(self, folder: Path) -> bool:
+        """Whether the file of the tensors outside of the blocks exists."""
+        return (folder / self.files[0]).is_file()
+
+    def _number(self, state: Mapping[str, Tensor]) -> int:
+        """The number of the block with these tensors, by their names in memory."""
+        first = next(iter(state))
+        return next(i for i, prefix in enumerate(self.stream.prefixes) if first.startswith(f"{prefix}."))
+
+    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+
+class BlockFiles(FilePerBlock):
+    """The sink of a quantized model; `grids` are those of the quantized tensors on disk.
 
     `outside` quantizes a tensor outside of the blocks, given its name; the matrices of `transposed` tensors are [in,
-    out] in the source. Where `tuned`, norms and biases of blocks are those in memory, in the source's dtype. The sink
-    has the interface of `billhook.store.sinks.SameLayout` that an unfinished output needs.
+    out] in the source. Where `tuned`, norms and biases of blocks are those in memory, in the source's dtype.
     """
 
     def __init__(
@@ -75,12 +95,10 @@ class BlockFiles:
         *,
         tuned: bool = False,
     ) -> None:
-        self.stream, self.grids, self.form, self.outside, self.transposed = stream, grids, form, outside, transposed
+        super().__init__(stream, len(stream.blocks))
+        self.grids, self.form, self.outside, self.transposed = grids, form, outside, transposed
         self.tuned, self.same_values = tuned, not tuned  # whether the files have the values in memory
-        self.entries = stream.source
         self.made: dict[str, dict[int | None, Quantized]] = {}
-        self.files = file_names(len(stream.blocks) + 1)
-        self._block = {name: index for index, names in enumerate(stream.names) for name in names}
 
     def add(self, part: Part, weight: Quantized) -> None:
         """Keep the part of a quantized layer that is a matrix on disk until its file is written."""
@@ -90,14 +108,9 @@ class BlockFiles:
         """Write the file of the tensors outside of the blocks."""
         self._write(folder / self.files[0], copied)
 
-    def begun(self, folder: Path) -> bool:
-        """Whether that file exists."""
-        return (folder / self.files[0]).is_file()
-
     def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write the file of the block with the tensors `state`, by their names in memory; the added ones are stored."""
-        first = next(iter(state))
-        index = next(i for i, prefix in enumerate(self.stream.prefixes) if first.startswith(f"{prefix}."))
+        index = self._number(state)
         vectors = {name: value for name, value in state.items() if self.tuned and value.ndim == 1}
         changed = to_disk(self.stream.model, vectors, self.entries)
         self._write(folder / self.files[index + 1], self.stream.names[index], changed)
@@ -141,7 +154,7 @@ class BlockFiles:
             value = Stored(self.entries[name].path, self.entries[name].entry, lazy=False).read()
             new = (changed or {}).get(name, value)
             tensors[name] = as_stored(name, new, value.dtype, value.clone)
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+        self._save(path, tensors)
 
     def _packed(self, name: str) -> dict[str, Tensor]:
         """The tensors of a quantized tensor; of several matrices in one they are stacked."""

@@ -30,19 +30,19 @@ from billhook.racing.levels import Chosen
 from billhook.steps.allocation import NOTES, Allocation, choose, choose_like
 from billhook.steps.earlier_levels import step_with_levels
 from billhook.steps.inputs import GgufInputs
-from billhook.steps.kept_levels import said_when_stopped
 from billhook.steps.levels import measured_layers
 from billhook.steps.lost import Lost
 from billhook.steps.parts import Parts, check_matrices, layer_parts
 from billhook.steps.quantization_config import check_opens
 from billhook.steps.quantize import open_blocks, prepare, run
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, Recipe
-from billhook.steps.request import Opened, check_text_given, draw_text, listed
+from billhook.steps.request import Opened, check_text_given, draw_text
+from billhook.steps.saved_levels import resume_advice
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import check_target, scale_dtype
 from billhook.store.layout import LEVELS
-from billhook.store.output import check_room
+from billhook.store.output import absolute, check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
 
@@ -83,12 +83,12 @@ class CompressRequest(GgufInputs):
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a run did; `budget` is the size asked for, `outlook` the predicted loss of other budgets relative to it, and
-    `memory` what a context takes beside the file, where both must fit in memory."""
+    """What a run did; `budget` is the size asked for, `loss_by_size` the predicted loss of other budgets relative to
+    it, and `memory` what a context takes beside the file, where both must fit in memory."""
 
     quantized: QuantizeReport
     budget: int
-    outlook: Mapping[float, float]
+    loss_by_size: Mapping[float, float]
     memory: ContextMemory | None
 
     @property
@@ -102,7 +102,7 @@ class CompressReport:
         return {
             **self.quantized.to_json(),
             "budget": self.budget,
-            "outlook": {str(k): v for k, v in self.outlook.items()},
+            "outlook": {str(k): v for k, v in self.loss_by_size.items()},
             "context": None if self.memory is None else asdict(self.memory),
         }
 
@@ -137,7 +137,7 @@ class CompressJob:
 
     quantizing: QuantizeJob
     budget: int
-    outlook: Mapping[float, float]
+    loss_by_size: Mapping[float, float]
     memory: ContextMemory | None
 
 
@@ -153,7 +153,7 @@ def check(request: CompressRequest, progress: Progress = lambda line: None) -> C
     types = allowed_types(request.target, request.types)
     check_target(request.target == "gguf")
     quantizing = replace(request.quantizing(), options=allocation.quantizer)
-    check_text_given(quantizing.opening(), True, "Choosing types")
+    check_text_given(quantizing, True, "Choosing types")
     opened = open_blocks(quantizing)
     allocation.check_model(opened.model)
     parts = layer_parts(opened)
@@ -167,23 +167,23 @@ def check(request: CompressRequest, progress: Progress = lambda line: None) -> C
     asked |= {"levels": allocation.levels and step_with_levels(allocation.levels)[0].made_by["calibration"]}
     plan = _stopped_plan(request, asked)
     if plan is None:
-        output = Path(request.output).expanduser().resolve()
+        output = absolute(request.output)
         check_room(output, sizes.most_room(opened, parts, request.target))
-        opened = draw_text(opened, quantizing.opening(), progress)
+        opened = draw_text(opened, quantizing.model_request(), progress)
     return CheckedCompress(request, allocation, quantizing, opened, parts, sizes, sized, asked, plan)
 
 
 def decide(checked: CheckedCompress, progress: Progress = lambda line: None) -> CompressJob:
     """Choose the types, unless the run that is resumed has chosen them."""
     sizes, known = checked.sizes, checked.plan
-    kept = partial_folder(Path(checked.request.output).expanduser().resolve()) / LEVELS
-    with said_when_stopped(kept, "the same command measures the rest"):
+    kept = partial_folder(absolute(checked.request.output)) / LEVELS
+    with resume_advice(kept, "the same command measures the rest"):
         chosen = _chosen(checked, progress) if known is None else Chosen(known, {})
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": checked.asked})
     job = prepare(replace(checked.quantizing, plan=plan), opened=checked.opened)
     job = replace(job, notes=[*job.notes, *plan.made_by.get(NOTES, [])])
     budget = sizes.budget if checked.sized else sizes.fixed + int(plan.budget.value)
-    return CompressJob(job, budget, chosen.outlook, sizes.memory)
+    return CompressJob(job, budget, chosen.loss_by_size, sizes.memory)
 
 
 def _chosen(checked: CheckedCompress, progress: Progress) -> Chosen:
@@ -194,7 +194,7 @@ def _chosen(checked: CheckedCompress, progress: Progress) -> Chosen:
     tied = _experts(opened.layers)
     tied += fused(layer.name for layer in opened.layers) if checked.request.target == "vllm" else []
     method = Quantization("gptq", allocation.quantizer, scale_dtype(opened, checked.parts))
-    return choose(checked.quantizing.opening(), opened, sizes, tied, method, allocation, progress=progress)
+    return choose(checked.quantizing.model_request(), opened, sizes, tied, method, allocation, progress=progress)
 
 
 def run_compress(
@@ -204,19 +204,18 @@ def run_compress(
     lost: Lost | None = None,
 ) -> CompressReport:
     """Quantize with the chosen types; `lost` and what is raised are as of `billhook.steps.quantize.run`."""
-    return CompressReport(run(job.quantizing, progress, stopping, lost), job.budget, job.outlook, job.memory)
+    return CompressReport(run(job.quantizing, progress, stopping, lost), job.budget, job.loss_by_size, job.memory)
 
 
 def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | None:
     """The plan of the run to resume, if there is one; raises BillhookError unless it was made for what is `asked`."""
-    output = Path(request.output).expanduser().resolve()
+    output = absolute(request.output)
     state = unfinished_run(output, resume=request.resume, overwrite=request.overwrite)
     if state is None:
         return None
     plan = Plan.from_json(state.plan, str(partial_folder(output)))
-    layers = {key: listed(getattr(request, key)) for key in ("targets", "ignore", "stacks")}
-    made = (plan.made_by.get("request") or {}) | {key: state.identity.get(key) for key in layers}
-    check_same_run(made, {**asked, **layers}, partial_folder(output))
+    made = (plan.made_by.get("request") or {}) | {key: state.identity.get(key) for key in request.selection}
+    check_same_run(made, {**asked, **request.selection}, partial_folder(output))
     return plan
 
 

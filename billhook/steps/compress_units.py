@@ -35,12 +35,11 @@ from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.allocation import Allocation
 from billhook.steps.compress import CompressJob, CompressReport, CompressRequest, check, decide, run_compress
 from billhook.steps.inputs import Inputs
-from billhook.steps.kept_levels import said_when_stopped
 from billhook.steps.lost import Lost, loss_of
 from billhook.steps.quantize import open_blocks
 from billhook.steps.quantize_job import QuantizeReport
-from billhook.steps.request import Opened, check_text_given, draw_text
-from billhook.steps.resolve import identity
+from billhook.steps.request import Opened, check_text_given, draw_text, identity
+from billhook.steps.saved_levels import resume_advice
 from billhook.steps.sizes import Size
 from billhook.steps.slim import prepare as prepare_slim
 from billhook.steps.slim import run as run_slim
@@ -49,7 +48,7 @@ from billhook.steps.slim_plan import kinds_of
 from billhook.steps.state import check_same_run
 from billhook.store.files import json_text, read_json, write_json
 from billhook.store.layout import RECORD
-from billhook.store.output import check_output, put_in_place
+from billhook.store.output import absolute, check_output, put_in_place
 from billhook.store.record import read_record
 from billhook.tasks.self_text import is_self
 
@@ -132,16 +131,16 @@ def prepare_units(request: CompressRequest, progress: Progress = lambda line: No
     opened = open_blocks(request.quantizing())
     budget = _budget(request, opened)
     find_units(opened.model, [kind for kind in kinds if kind != "blocks"])
-    drawn = draw_text(opened, request.quantizing().opening(), progress)
+    drawn = draw_text(opened, request.quantizing().model_request(), progress)
     assert drawn.source is not None
-    asked = {**_asked(request), **identity(request.quantizing().opening(), drawn, request.options, None, None)}
+    asked = {**_asked(request), **identity(request.quantizing().model_request(), drawn, request.options, None)}
     folder = _begin(request, output, json.loads(json_text(asked)))
-    lost = loss_of(drawn, request.quantizing().opening().drawing.held_out)
+    lost = loss_of(drawn, request.drawing.held_out)
     problems, candidates = dict[float, BillhookError](), list[Candidate]()
     try:
         for share in (0.0, *SHARES):
             try:
-                with said_when_stopped(folder, _AGAIN):
+                with resume_advice(folder, _AGAIN):
                     candidates.append(_candidate(request, kinds, share, budget, folder / f"share-{share:g}", progress))
             except JobError:
                 raise
@@ -163,8 +162,8 @@ def run_units(
 ) -> UnitsReport:
     """Quantize bits alone and the best candidate, and keep the better one; raises as `billhook.steps.quantize.run`."""
     tried = [c for c in job.candidates if not c.share or c is job.best]
-    output = Path(job.request.output).expanduser().resolve()
-    with said_when_stopped(_folder(output), _AGAIN):
+    output = absolute(job.request.output)
+    with resume_advice(_folder(output), _AGAIN):
         losses = {c.share: _carried_out(c, job.lost, progress, stopping) for c in tried}
     best = min(tried, key=lambda c: (losses[c.share], c.share))
     predicted = {c.share: c.predicted for c in job.candidates}
@@ -176,7 +175,7 @@ def run_units(
 
 def discard(job: UnitsJob) -> None:
     """Delete what was written for a job that is not carried out."""
-    shutil.rmtree(_folder(Path(job.request.output).expanduser().resolve()), ignore_errors=True)
+    shutil.rmtree(_folder(absolute(job.request.output)), ignore_errors=True)
 
 
 def _checked(request: CompressRequest) -> Path:
@@ -191,8 +190,8 @@ def _checked(request: CompressRequest) -> Path:
         raise BillhookError("Name the kinds of units that may go with the bits, such as --units experts,channels.")
     if request.calibration is not None and is_self(request.calibration):
         raise BillhookError("With --units, models of several sizes are compared on one text: give a text or tokens.")
-    check_text_given(request.quantizing().opening(), True, "Removing units")
-    return check_output(Path(request.output).expanduser().resolve(), overwrite=request.overwrite)
+    check_text_given(request, True, "Removing units")
+    return check_output(absolute(request.output), overwrite=request.overwrite)
 
 
 def _asked(request: CompressRequest) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from billhook import __version__
 from billhook.ambient import pinned
 from billhook.architectures.sources import resolve
 from billhook.engine.streaming import open_streamed
@@ -23,7 +22,7 @@ from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.rows import evaluate_rows
 from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
-from billhook.steps.facts import model_facts, versions
+from billhook.steps.facts import all_versions, model_facts
 from billhook.store.arguments import check_fields
 from billhook.store.checkpoint import load_tokenizer, read_config
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib
@@ -107,7 +106,7 @@ def _rows(source: Path, task: RowTask, config: EvalConfig, progress: Progress) -
 def _facts(source: Path, model: PreTrainedModel) -> dict[str, Any]:
     """What a result can depend on: the model, its dtype, and versions."""
     facts = {"model": model_facts(source, model), "dtype": dtype_name(model.dtype)}
-    return facts | {"versions": {"billhook": __version__, **versions()}}
+    return facts | {"versions": all_versions()}
 
 
 def _tasks(config: EvalConfig) -> tuple[list[str], list[str]]:

@@ -16,7 +16,7 @@ from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import fused
 from billhook.export.dense import dense_bytes, packed_grids, write_dense
 from billhook.export.gguf import TYPES, write_gguf
-from billhook.export.gguf_writer import Written
+from billhook.export.gguf_writer import ExportReport
 from billhook.methods.quantize.scalar import Scalar
 from billhook.plan.bytes import parse_size
 from billhook.reports.quantized_card import decoded_card
@@ -51,7 +51,7 @@ def export_gguf(
     split_size: str | int | None = None,
     overwrite: bool = False,
     progress: Progress = lambda tensor: None,
-) -> Written:
+) -> ExportReport:
     """Write a model directory (or hub name) as a GGUF file with weights of the type `kind`, one of `TYPES`; with
     `split_size` (bytes, or such as "4GB"), as several with at most so many bytes of tensors each.
 
@@ -99,7 +99,7 @@ def export_dense(
     kind: str = "auto",
     overwrite: bool = False,
     progress: Progress = lambda tensor: None,
-) -> Written:
+) -> ExportReport:
     """Write a model directory or a GGUF file, quantized or not, as an ordinary directory in the dtype `kind` of
     `DTYPES`.
 
@@ -130,12 +130,12 @@ def export_dense(
                 write_text(folder / CARD, decoded_card(folder))
     shards = [read_shard(file) for file in weight_files(output)]
     types = Counter(entry.dtype.lower() for shard in shards for entry in shard.entries.values())
-    return Written(output, result_bytes(output), dict(types), [])
+    return ExportReport(output, result_bytes(output), dict(types), [])
 
 
 def export_vllm(
     model: str | Path, output: str | Path, *, overwrite: bool = False, progress: Progress = lambda tensor: None
-) -> Written:
+) -> ExportReport:
     """Write a quantized directory for vLLM: the same files, once all types are among those that vLLM lists.
 
     Raises BillhookError for a model that is not quantized, is a GGUF file, has other types than int4 and int8, or
@@ -166,7 +166,7 @@ def export_vllm(
             write_json(folder / RECORD, completed(record, before.layers, checksums(folder)))
     types = Counter(grid.name for grid in grids.values())
     note = "vLLM was not run: its lists of types and of fused layers were checked"
-    return Written(output, result_bytes(output), dict(types), [note])
+    return ExportReport(output, result_bytes(output), dict(types), [note])
 
 
 def _check_vllm(grids: Mapping[str, Scalar], modules: Sequence[str]) -> None:
@@ -182,7 +182,7 @@ def _check_vllm(grids: Mapping[str, Scalar], modules: Sequence[str]) -> None:
             raise BillhookError(f"vLLM fuses {', '.join(names)}, which differ in type: {', '.join(types)}. {advice}")
 
 
-def export_tensor_types(model: str | Path, output: str | Path, *, overwrite: bool = False) -> Written:
+def export_tensor_types(model: str | Path, output: str | Path, *, overwrite: bool = False) -> ExportReport:
     """Write the types of a GGUF file, or of the one in a directory, for `llama-quantize --tensor-type-file`.
 
     There is a line NAME=TYPE for each tensor of at least two dimensions. llama.cpp searches for NAME, a regular
@@ -198,7 +198,7 @@ def export_tensor_types(model: str | Path, output: str | Path, *, overwrite: boo
     types = {x.name: x.type for x in read_gguf(files[0]).tensors.values() if len(x.shape) > 1}
     lines = [f"^{re.escape(name)}$={type}\n" for name, type in types.items()]
     write_text(output, "".join(lines))
-    return Written(output, output.stat().st_size, dict(Counter(types.values())), [])
+    return ExportReport(output, output.stat().st_size, dict(Counter(types.values())), [])
 
 
 def _check_fits(source: Path, config: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from billhook import __version__
 from billhook.store.checkpoint import model_digest
 from billhook.store.compute import dtype_name
 
@@ -27,6 +28,11 @@ def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that computed."""
     libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"python": platform.python_version(), **libraries}
+
+
+def all_versions() -> dict[str, str]:
+    """The same, with Billhook's own."""
+    return {"billhook": __version__, **versions()}
 
 
 def _model_name(source: Path | None, model: PreTrainedModel) -> str:

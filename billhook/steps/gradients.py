@@ -10,13 +10,14 @@ from billhook.distributed.torchrun import rank
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.walk import Progress
+from billhook.steps.inputs import ModelRequest
 from billhook.steps.partial_output import PartialOutput
-from billhook.steps.request import Opened, Request, calibration_facts, open_request
+from billhook.steps.request import Opened, calibration_facts, open_request
 from billhook.store.layout import GRADIENTS
 from billhook.store.output import check_room
 
 
-def open_for_gradients(request: Request, progress: Progress = lambda step: None) -> Opened:
+def open_for_gradients(request: ModelRequest, progress: Progress = lambda step: None) -> Opened:
     """Open model and calibration samples; raises BillhookError for an impossible request."""
     return open_request(request, True, "A gradient", streamed=True, progress=progress)
 
@@ -33,7 +34,8 @@ def check_temporary_room(layers: Sequence[Layer], files: int = 1) -> None:
 
 def make_gradients(opened: Opened, statistic: str, path: Path, progress: Progress = lambda layer: None) -> Gradients:
     """Accumulate the gradients of an opened model on its samples and write them to `path`; see `compute_gradients`."""
-    facts = {"model": opened.facts} | ({} if opened.samples is None else {"calibration": calibration_facts(opened)})
+    made = calibration_facts(opened)
+    facts = {"model": opened.facts} | ({} if made is None else {"calibration": made})
     return compute_gradients(
         opened.model, opened.batches, statistic, path, loss=opened.task.loss, layers=opened.layers, facts=facts,
         resources=opened.resources, progress=progress,

@@ -7,12 +7,13 @@ from torch import Tensor
 from billhook.engine.walk import Progress, walk
 from billhook.errors import BillhookError
 from billhook.export.imatrix import gguf_names, write_imatrix
+from billhook.steps.inputs import ModelRequest
 from billhook.steps.record import place
-from billhook.steps.request import Opened, Request, calibration_facts, open_request
+from billhook.steps.request import Opened, calibration_facts, open_request
 from billhook.store.locate import locate_on_disk
 
 
-def open_for_imatrix(request: Request) -> Opened:
+def open_for_imatrix(request: ModelRequest) -> Opened:
     """Open model and calibration samples; raises BillhookError for an impossible request."""
     opened = open_request(request, True, "An importance matrix", streamed=True)
     if opened.source is None:
@@ -37,4 +38,5 @@ def make_imatrix(opened: Opened, output: Path, progress: Progress = lambda layer
                 sums |= {piece["tensor"]: (squares, stats.tokens) for piece in pieces}
             progress(layer.name)
     known = calibration_facts(opened)
+    assert known is not None
     return write_imatrix(names, sums, output, str(known["source"]), known["samples"], known["length"])

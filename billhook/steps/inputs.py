@@ -1,21 +1,26 @@
-"""The fields that requests to quantize, compress, slim and recover share: how model and text are opened, and the result
-is written."""
+"""The fields that all requests share: how model and text are opened, and the result is written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from transformers import PreTrainedModel
+
+from billhook.engine.activation_store import SPILL_GIB
 from billhook.export.gguf import GgufForm
 from billhook.plan.bytes import parse_size
-from billhook.steps.request import UNCHECKED, Request
 from billhook.store.arguments import check_fields
+from billhook.tasks.base import Drawing
 from billhook.text.given import Given
+
+UNCHECKED = ("model", "calibration")  # fields whose types are checked, and explained, where they are opened
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """How a request opens model and text and writes its result; `Request` has most fields."""
+    """How a request opens model and text and writes its result. `calibration` is a SOURCE's name, or data; with
+    `published`, samples are drawn as in the papers' code."""
 
     calibration: Given | None = None
     samples: int = 128
@@ -44,10 +49,39 @@ class Inputs:
         options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
         return cls(**{**known, "options": options})
 
-    def _opened_with(self, **changes: Any) -> Request:
-        """The request for a model and its text, with `changes`."""
-        shared = self.__dataclass_fields__.keys() & Request.__dataclass_fields__.keys()
-        return Request(**({name: getattr(self, name) for name in shared} | {"options": {}} | changes))
+    @property
+    def drawing(self) -> Drawing:
+        """How calibration samples are drawn."""
+        return Drawing(self.samples, self.length, self.seed, "papers" if self.published else "packed", self.bos)
+
+    @property
+    def selection(self) -> dict[str, list[str]]:
+        """What chooses the layers, as in billhook.json."""
+        return {key: listed(getattr(self, key)) for key in ("targets", "ignore", "stacks")}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the weights are loaded."""
+        return {key: getattr(self, key) for key in ("dtype", "device", "trust_remote_code")}
+
+    def _model_request(self, **changes: Any) -> "ModelRequest":
+        """The model and the text of a request, with `changes`."""
+        shared = self.__dataclass_fields__.keys() & ModelRequest.__dataclass_fields__.keys()
+        return ModelRequest(**({name: getattr(self, name) for name in shared} | changes))
+
+
+@dataclass(frozen=True)
+class ModelRequest(Inputs):
+    """A model and a text to open, and where the result is written."""
+
+    model: str | Path | PreTrainedModel
+    output: str | Path | None = field(default=None, kw_only=True)
+    spill_gib: float = field(default=SPILL_GIB, kw_only=True)
+
+
+def listed(patterns: str | Sequence[str]) -> list[str]:
+    """Patterns as a list; a string is a single pattern."""
+    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
 from billhook.plan.storage import bits
-from billhook.steps.kept_levels import KeptLevels
 from billhook.steps.request import Opened
+from billhook.steps.saved_levels import SavedLevels
 from billhook.steps.types import outside_parameter
 
 ERROR_TOKENS = 16384  # of text for the errors; at least twice as many as the widest layer has inputs
@@ -54,7 +54,7 @@ def measure_levels(
     menus: Mapping[str, list[str]],
     outside: Mapping[str, list[str]],
     scale_dtype: torch.dtype,
-    kept: KeptLevels,
+    kept: SavedLevels,
     *,
     seed: int = 0,
     progress: Progress = lambda line: None,
@@ -115,7 +115,7 @@ def _windows(opened: Opened, tokens: int) -> list[Batch]:
 
 @torch.no_grad()
 def _outside_losses(
-    opened: Opened, menus: Mapping[str, list[str]], batches: list[Batch], kept: KeptLevels, progress: Progress
+    opened: Opened, menus: Mapping[str, list[str]], batches: list[Batch], kept: SavedLevels, progress: Progress
 ) -> dict[str, dict[str, float]]:
     """The divergence of the model in which embeddings or head alone have a type, by name and type."""
     losses = dict(kept.found.losses)

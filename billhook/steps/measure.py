@@ -8,10 +8,11 @@ from billhook.errors import BillhookError
 from billhook.measurement.measure import measure
 from billhook.plan.metrics import fact
 from billhook.plan.table import Table
-from billhook.steps.request import Opened, Request, calibration_facts, open_request
+from billhook.steps.inputs import ModelRequest
+from billhook.steps.request import Opened, calibration_facts, open_request
 
 
-def open_to_measure(request: Request, metrics: Sequence[str]) -> Opened:
+def open_to_measure(request: ModelRequest, metrics: Sequence[str]) -> Opened:
     """Open the model and the samples that `metrics` need."""
     activations = [name for name in metrics if fact(name).needs_text]
     streamed = not any(fact(name).reads == "trial" for name in metrics)
@@ -24,8 +25,8 @@ def measure_opened(opened: Opened, metrics: Sequence[str], progress: Progress = 
         opened.model, metrics, batches=opened.batches, layers=opened.layers, facts=opened.facts,
         resources=opened.resources, progress=progress,
     )  # fmt: skip
-    if opened.samples is not None:
-        table.made_by["calibration"] = calibration_facts(opened)
+    if (made := calibration_facts(opened)) is not None:
+        table.made_by["calibration"] = made
     return table
 
 

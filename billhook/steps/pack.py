@@ -20,7 +20,7 @@ from billhook.errors import BillhookError
 from billhook.packed.expand import dense_bytes, unpack_files
 from billhook.packed.format import open_packed
 from billhook.packed.select_tensors import packed_size, select_tensors
-from billhook.packed.write import Written, relative_error, write_file, write_record
+from billhook.packed.write import PackedFile, relative_error, write_file, write_record
 from billhook.reports.publishing import publish, render
 from billhook.runtime.layout import MIN_GROUP
 from billhook.store import not_a_model
@@ -142,7 +142,9 @@ def _report(folder: Path, make: Callable[..., Any] = render, changes: Mapping[st
         make(folder, changes)
 
 
-def _summary(output: Path, written: Sequence[Written], record: Mapping[str, Any], others: Sequence[str]) -> PackReport:
+def _summary(
+    output: Path, written: Sequence[PackedFile], record: Mapping[str, Any], others: Sequence[str]
+) -> PackReport:
     error = relative_error([squares for file in written for squares in file.squares.values()])
     dense = sum(file.shard.path.stat().st_size for file in written)
     tensors = sum(len(file.shard.entries) for file in written) - len(record["layers"])

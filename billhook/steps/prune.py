@@ -30,7 +30,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing.automatic import choose
 from billhook.racing.hyperparameters import is_raced
-from billhook.racing.race import Problem
+from billhook.racing.race import AllocationProblem
 from billhook.recovery.blockwise import Refine, Refining
 from billhook.reports.publishing import publish
 from billhook.steps.apply import prune_with
@@ -40,11 +40,12 @@ from billhook.steps.lost import loss_of
 from billhook.steps.measure import measure_opened, rows_of_table
 from billhook.steps.pack import pack
 from billhook.steps.partial_output import PartialOutput, partial_output
-from billhook.steps.record import Job, Report, record
-from billhook.steps.request import Request, in_memory
+from billhook.steps.prune_job import Job, PruneRequest, Report, record
+from billhook.steps.request import in_memory
 from billhook.steps.resolve import ResolvedRequest, check
 from billhook.store.directory import save_pruned
 from billhook.store.layout import WRITTEN
+from billhook.store.output import absolute
 from billhook.tasks.self_text import is_self, save_windows
 from billhook.text.given import Given
 
@@ -78,14 +79,15 @@ def prune(
     `progress` is called with the name of each finished layer. Raises BillhookError (nothing changed) for an impossible
     request and JobError for a run that failed (nothing written).
     """
-    known = {key: value for key, value in locals().items() if key in Request.__dataclass_fields__ and value is not None}
+    fields = PruneRequest.__dataclass_fields__
+    known = {key: value for key, value in locals().items() if key in fields and value is not None}
     for name in {"rounding", "sampling"} & methods.keys():
         raise BillhookError(f"{name} is no longer a field of a request: use published=True.")
-    return run(prepare(Request(**{**known, "model": model, "options": {**(options or {}), **methods}})), progress)
+    return run(prepare(PruneRequest(**{**known, "model": model, "options": {**(options or {}), **methods}})), progress)
 # fmt: on
 
 
-def prepare(request: Request, progress: Progress = lambda layer: None) -> Job:
+def prepare(request: PruneRequest, progress: Progress = lambda layer: None) -> Job:
     """Check everything about a request, cheapest first; measure and allocate if it has no plan."""
     return decide(check(request, progress), progress)
 
@@ -119,7 +121,7 @@ def _allocate(resolved: ResolvedRequest, progress: Progress) -> Plan:
             **options,
         )  # fmt: skip
     assert opened.samples is not None
-    problem = Problem(table, request.sparsity, request.pattern, request.budget)
+    problem = AllocationProblem(table, request.sparsity, request.pattern, request.budget)
     return choose(
         opened.model, opened.layers, opened.samples, problem, resolved.method, allocator=request.allocator,
         options=options, batch_size=rows_of(opened.batches[0]), seed=request.seed, progress=progress,
@@ -145,7 +147,7 @@ def run(
         made = record(job, results, lost())
         output, notes = _save(job, made)
     else:
-        output, notes = Path(job.request.output).expanduser().resolve(), []
+        output, notes = absolute(job.request.output), []
         results, made = _run_streamed(job, output, progress, stopping, note, lost)
     if job.packed is not None and output is not None and not rank():
         output, more = _pack(output, job.packed, job.request.overwrite)

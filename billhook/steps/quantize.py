@@ -37,8 +37,7 @@ from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.parts import Parts, check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantization_config import check_opens, configuration
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
-from billhook.steps.request import Opened, check_text_given, draw_text, open_model
-from billhook.steps.resolve import identity
+from billhook.steps.request import Opened, check_text_given, draw_text, identity, open_model
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import (
     block_bytes,
@@ -54,7 +53,7 @@ from billhook.steps.types import (
     uniform_plan,
 )
 from billhook.store.files import sha256
-from billhook.store.output import check_room
+from billhook.store.output import absolute, check_room
 from billhook.store.shards import read_shard, result_bytes, weight_bytes, write_index
 
 
@@ -79,10 +78,9 @@ def prepare(
     `opened` is the model of the request, with or without its text, where that is open already.
     """
     method, given = _method_and_plan(request)
-    opening = request.opening()
     best = request.recipe == "best"
     reads_text = (bool(method.observed) or best) and request.imatrix is None
-    check_text_given(opening, reads_text, "The recipe best" if best else f"Quantizing with {request.quantizer}")
+    check_text_given(request, reads_text, "The recipe best" if best else f"Quantizing with {request.quantizer}")
     opened = open_blocks(request) if opened is None else opened
     plan, notes = uniform_plan(full_name(request.type), opened.layers) if given is None else (given, [])
     plan.check({layer.name: layer.shape for layer in opened.layers})
@@ -101,7 +99,7 @@ def prepare(
     check_resumed(request, _identity(request, opened, method, plan, outside), room)
     known = given_stats(request, opened, parts)
     if reads_text and opened.samples is None:
-        opened = draw_text(opened, opening, progress)
+        opened = draw_text(opened, request.model_request(), progress)
     run = _identity(request, opened, method, plan, outside)
     check_resumed(request, run, room)
     return QuantizeJob(
@@ -150,7 +148,7 @@ def given_stats(request: QuantizeRequest, opened: Opened, parts: Parts) -> Mappi
 
 def open_blocks(request: QuantizeRequest) -> Opened:
     """Open the model of a request one block at a time, without its text."""
-    opened = open_model(request.opening(), streamed=True, room=lambda source: 0)
+    opened = open_model(request.model_request(), streamed=True, room=lambda source: 0)
     if opened.resources.stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so it cannot be quantized.")
     return opened
@@ -160,7 +158,7 @@ def _identity(
     request: QuantizeRequest, opened: Opened, method: Quantization, plan: Plan, outside: Mapping[str, str]
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
-    same = identity(request.opening(), opened, method.options, plan, None)
+    same = identity(request.model_request(), opened, method.options, plan)
     form: dict[str, Any] = {"split": request.gguf_form["split"]}
     for key in ("template", "imatrix"):
         file = getattr(request, key)
@@ -172,7 +170,7 @@ def _identity(
 def check_resumed(request: QuantizeRequest, run: Mapping[str, Any], room: int) -> None:
     """Raise BillhookError for a stopped run that is not `run` (a text that is not read yet may be any), and DiskFull
     where the disk lacks room for the rest of `room` bytes."""
-    output = Path(request.output).expanduser().resolve()
+    output = absolute(request.output)
     folder, state = partial_folder(output), unfinished_run(output, resume=request.resume, overwrite=request.overwrite)
     if state is not None:
         known = state.identity if run["calibration"] else state.identity | {"calibration": None}
@@ -193,7 +191,7 @@ def run(
     Raises JobError, and Interrupted where the run can be resumed.
     """
     start, request, opened, source = time.perf_counter(), job.request, job.opened, job.opened.source
-    stream, output = opened.resources.stream, Path(request.output).expanduser().resolve()
+    stream, output = opened.resources.stream, absolute(request.output)
     assert stream is not None
     assert source is not None
 
@@ -202,7 +200,7 @@ def run(
 
     form: Form = ggml_tensors if job.ggml else compressed_tensors
     files = BlockFiles(stream, job.grids, form, outside, transposed(job.parts), tuned=request.recipe == "best")
-    lost = lost or loss_of(opened, request.opening().drawing.held_out)
+    lost = lost or loss_of(opened, request.drawing.held_out)
     unfinished = partial_output(
         stream, source, output, job.identity, job.plan.to_json(), resume=request.resume, overwrite=request.overwrite,
         stopping=stopping, files=files, room=job.room,
@@ -256,7 +254,7 @@ def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path
 
     def gguf(folder: Path) -> Mapping[str, Any]:
         quantized = {name: (type, data) for name, type, data in files.raw(folder)}
-        output = Path(job.request.output).expanduser().resolve()
+        output = absolute(job.request.output)
         facts = file_facts(job.opened, job.request.quantizer)
         changed = [folder / name for name in files.files] if files.tuned else []
         form = job.request.gguf_form

@@ -6,10 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from billhook.architectures.layers import find_layers
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Quantization
-from billhook.evaluation.quality import Loss
+from billhook.evaluation.quality import Loss, loss_json
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.ggml import GGML
 from billhook.methods.quantize.grid import Grid
@@ -17,10 +16,10 @@ from billhook.methods.quantize.grids import grid_of
 from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan
 from billhook.steps.facts import versions
-from billhook.steps.inputs import GgufInputs
+from billhook.steps.inputs import GgufInputs, ModelRequest, listed
 from billhook.steps.parts import Parts, part_types, where
-from billhook.steps.record import left_alone, refilled_notes, without_folders
-from billhook.steps.request import Opened, Request, calibration_facts, listed
+from billhook.steps.record import layer_notes, left_alone, refilled_notes, without_folders
+from billhook.steps.request import Opened, calibration_facts
 from billhook.steps.types import is_ggml, plan_types
 from billhook.store.layout import RECORD
 from billhook.store.record import Step, append_step, read_record
@@ -56,9 +55,9 @@ class QuantizeRequest(GgufInputs):
         # of a frozen object, which nobody has yet; llama.cpp writes types in capitals
         self.__dict__.update(type=self.type.lower(), embeddings=self.embeddings.lower())
 
-    def opening(self) -> Request:
-        """The fields that say how a model and its text are opened."""
-        return self._opened_with(spill_gib=SPILL_GIB, recipe="")
+    def model_request(self) -> ModelRequest:
+        """The model and the text to open."""
+        return self._model_request(spill_gib=SPILL_GIB)
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class QuantizeReport:
             "bytes": self.size,
             "source_bytes": self.source_size,
             "seconds": round(self.seconds, 3),
-            "lost": None if self.loss is None else self.loss.to_dict(),
+            "lost": loss_json(self.loss),
             "warnings": self.warnings,
             "layers": {r.layer: {"type": r.type, "error": r.error, "zeros": r.zeros} for r in self.layers},
         }
@@ -153,12 +152,11 @@ class QuantizeReport:
 def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) -> dict[str, Any]:
     """The content of billhook.json after the run."""
     request, opened, before = job.request, job.opened, job.opened.history
-    known = {} if before is None else before.layers
-    every = find_layers(opened.model, convolutions=True, outside=True)
-    layers = left_alone(known, {layer.name: layer for layer in every})
+    known, layers = {} if before is None else before.layers, left_alone(before, opened)
     for r in results:
-        facts = {key: value for key, value in known.get(r.layer, {}).items() if key == "sparsity"}
-        notes = [*r.notes, *refilled_notes(r.refilled, known.get(r.layer))]
+        earlier = known.get(r.layer, {})
+        facts = {key: value for key, value in earlier.items() if key == "sparsity"}
+        notes = [*r.notes, *refilled_notes(r.refilled, earlier)]
         facts |= {"shape": list(r.shape), "zeros": r.zeros, "notes": notes, "error": r.error, "type": r.type}
         layers[r.layer] = facts | where(job.parts[r.layer])
     made_by = {
@@ -167,17 +165,15 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
         "outside": dict(job.outside),
         "quantizer_options": without_folders(job.method.options),
         **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
-        "targets": listed(request.targets),
-        "ignore": listed(request.ignore),
+        **request.selection,
         "stacks": listed(request.stacks) or [opened.task.stacks],
         "imatrix": job.identity["imatrix"],
-        "calibration": None if opened.samples is None else calibration_facts(opened),
+        "calibration": calibration_facts(opened),
         "papers": {"quantizer": QUANTIZERS.paper(request.quantizer)},
-        "lost": None if loss is None else loss.to_dict(),
+        "lost": loss_json(loss),
         "versions": versions(),
     }
-    notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes), *_zeros_lost(results)]
-    notes += left_over(opened.model, opened.source)
+    notes = [*job.notes, *layer_notes(results), *_zeros_lost(results), *left_over(opened.model, opened.source)]
     step = Step("quantize", job.plan.to_json(), made_by, opened.facts, notes)
     return append_step(before, step, layers).to_json()
 

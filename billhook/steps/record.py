@@ -1,167 +1,18 @@
-"""A checked job, its report, and the step that it adds to billhook.json."""
+"""What all steps record in billhook.json alike."""
 
-import html
-import importlib
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from billhook.architectures.layers import Layer, find_layers
-from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult
-from billhook.engine.method import Method
-from billhook.errors import BillhookError
-from billhook.evaluation.quality import Loss
-from billhook.methods.sparse import CRITERIA
-from billhook.plan.plan import Plan
-from billhook.plan.recipes import better
-from billhook.steps.facts import computed_in, versions
-from billhook.steps.request import Opened, Request, calibration_facts, listed
-from billhook.store.compute import dtype_name, stored_dtype
-from billhook.store.record import REFILLED, Record, Step, append_step, located
-from billhook.store.sinks import left_over
+from billhook.steps.request import Opened
+from billhook.store.record import REFILLED, Record, located
 
 
-@dataclass(frozen=True)
-class Job:
-    """A checked request with its plan, ready to run."""
-
-    request: Request
-    opened: Opened
-    plan: Plan
-    method: Method
-    gradients: Gradients | None = None
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    packed: Path | None = None  # the final, packed output; `request.output` is then the dense model
-    begun: float = field(default_factory=time.perf_counter)  # when the request was read
-
-    @property
-    def steps(self) -> int:
-        """The number of progress calls of `run`: one per layer, two where its gradients are computed first."""
-        return len(self.opened.layers) * (1 if self.gradients or not self.method.gradient else 2)
-
-
-@dataclass(frozen=True, repr=False)
-class Report:
-    """What a run did; `output` is None when nothing was written, `record` is the content of billhook.json."""
-
-    plan: Plan
-    layers: list[LayerResult]
-    output: Path | None
-    seconds: float
-    warnings: list[str]
-    record: dict[str, Any]
-
-    @property
-    def lost(self) -> Loss | None:
-        """What the model has lost against the dense one on held-out text; None if it was not measured."""
-        found = self.record["steps"][-1]["made_by"]["lost"]
-        return None if found is None else Loss(**found)
-
-    @property
-    def better_recipe(self) -> str | None:
-        """The next recipe that loses less, if there is one."""
-        found: str | None = self.record["steps"][-1]["made_by"]["better_recipe"]
-        return found
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the prunable weights that are zero now."""
-        return sum(layer.zeros for layer in self.layers) / sum(layer.n for layer in self.layers)
-
-    def __str__(self) -> str:
-        done = f"{self.sparsity:.2%} of {sum(layer.n for layer in self.layers):,} weights removed"
-        where = "in memory" if self.output is None else f"in {self.output}"
-        return f"Report: {done}, {where}; {self.lost or 'what was lost was not measured'}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """The report in a notebook: a sentence, and a row for each layer."""
-        cells = [[html.escape(str(value)) for value in row.values()] for row in self._rows()]
-        body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
-        head = "".join(f"<th>{name}</th>" for name in self._rows()[0])
-        layers = f"<details><summary>{len(cells)} layers</summary><table><tr>{head}</tr>{body}</table></details>"
-        return f"<p>{html.escape(str(self))}</p>{layers}"
-
-    def to_dataframe(self) -> Any:
-        """A pandas data frame with a row for each layer; raises BillhookError without pandas."""
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError:
-            raise BillhookError("A data frame needs pandas: pip install pandas.") from None
-        return pandas.DataFrame(self._rows())
-
-    def _rows(self) -> list[dict[str, Any]]:
-        keys = ("layer", "shape", "planned", "sparsity", "zeros", "error", "seconds")
-        return [{key: getattr(layer, key) for key in keys} for layer in self.layers]
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of `prune --json`."""
-        return {
-            "output": None if self.output is None else str(self.output),
-            "sparsity": self.sparsity,
-            "target": self.plan.target,
-            "seconds": round(self.seconds, 3),
-            "lost": None if self.lost is None else self.lost.to_dict(),
-            "better_recipe": self.better_recipe,
-            "warnings": self.warnings,
-            "layers": {r.layer: {"sparsity": r.sparsity, "planned": r.planned, "zeros": r.zeros} for r in self.layers},
-        }
-
-
-def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -> dict[str, Any]:
-    """The content of billhook.json after the job: the earlier steps of the model and this one."""
-    before = job.opened.history
-    known = {} if before is None else before.layers
-    present = {layer.name: layer for layer in find_layers(job.opened.model, convolutions=True, outside=True)}
-    layers = left_alone(known, present)
-    notes = {r.layer: [*r.notes, *_refilled(r, known.get(r.layer))] for r in results}
-    for r in results:
-        layers[r.layer] = _layer_record(r, notes[r.layer], known.get(r.layer, {})) | place(present[r.layer])
-    step = prune_step(job, notes, results)
-    better_recipe = better(job.request.criterion, job.plan, job.request.refine)
-    quality = {"lost": None if lost is None else lost.to_dict(), "better_recipe": better_recipe}
-    return append_step(before, replace(step, made_by={**quality, **step.made_by}), layers).to_json()
-
-
-def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[LayerResult]) -> Step:
-    """The job as a step of a record, with the `notes` of its layers."""
-    request, opened = job.request, job.opened
-    plan, fields = job.plan.to_json(), ("published", "prefix", "refine", "seed", "budget")
-    if isinstance(plan["made_by"].get("options"), dict):
-        plan["made_by"] = {**plan["made_by"], "options": without_folders(plan["made_by"]["options"])}
-    papers = {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")}
-    return Step(
-        "prune",
-        plan,
-        {
-            "recipe": request.followed,
-            "criterion": request.criterion,
-            "criterion_options": without_folders(job.method.options),
-            "group": request.group or CRITERIA.group(request.criterion),
-            **{key: getattr(request, key) for key in fields},
-            **computed_in(opened.model),
-            "targets": listed(request.targets),
-            "ignore": listed(request.ignore),
-            "stacks": listed(request.stacks) or [opened.task.stacks],
-            "calibration": None if opened.samples is None else calibration_facts(opened),
-            "gradients": _gradients_record(job),
-            "papers": papers,
-            "versions": versions(),
-        },
-        opened.facts,
-        [
-            *(f"{name} is left out: no output of the model depends on it" for name in opened.dead.values()),
-            *(f"{layer}: {note}" for layer, texts in notes.items() for note in texts),
-            *_rounded(job, results),
-            *_other_weights(job.plan, opened.facts),
-            *_changed_since(opened.history, opened.facts),
-            *left_over(opened.model, opened.source),
-        ],
-    )
+def layer_notes(results: Iterable[LayerResult]) -> list[str]:
+    """The notes of all layers, each with its layer's name."""
+    return [f"{r.layer}: {note}" for r in results for note in r.notes]
 
 
 def without_folders(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,48 +22,15 @@ def without_folders(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: Path(value).name if key in paths else value for key, value in options.items()}
 
 
-def _gradients_record(job: Job) -> dict[str, Any] | None:
-    """The gradients that the criterion read, and their calibration text; None if it reads none."""
-    statistic = job.method.gradient
-    if not statistic:
-        return None
-    made = calibration_facts(job.opened) if job.gradients is None else job.gradients.about.get("calibration")
-    return {"statistic": statistic, "calibration": made}
-
-
-def _rounded(job: Job, results: Sequence[LayerResult]) -> list[str]:
-    """A note where updated weights are written in another dtype than that in which they were computed."""
-    source, computed = job.opened.source, job.opened.model.dtype
-    stored = None if source is None else stored_dtype(source)
-    if stored in (None, computed) or not any(result.updated for result in results):
-        return []
-    assert stored is not None
-    where = f"computed in {dtype_name(computed)} and are stored in {dtype_name(stored)}, the dtype of the source"
-    return [f"Updated weights were {where}."]
-
-
-def _other_weights(plan: Plan, model: Mapping[str, Any]) -> list[str]:
-    """A note where the plan was made for other weights than those of `model`, such as before a fine-tuning."""
-    measured = plan.made_by.get("model")
-    if not isinstance(measured, dict) or model["digest"] is None or measured.get("digest") in (None, model["digest"]):
-        return []
-    return [f"The plan was made for the weights of {measured.get('name')}, which are not those of {model['name']}."]
-
-
-def _changed_since(before: Record | None, model: Mapping[str, Any]) -> list[str]:
-    """A note where the record of a model does not fit its weights."""
-    if before is None or before.steps[-1].result in (None, model["digest"]):
-        return []
-    return [f"{model['name']} was changed after the last step of its billhook.json: its earlier steps may not hold."]
-
-
-def left_alone(known: Mapping[str, Mapping[str, Any]], present: Mapping[str, Layer]) -> dict[str, dict[str, Any]]:
-    """The recorded state of the layers that a model has, by name, where a step does not change it.
+def left_alone(before: Record | None, opened: Opened) -> dict[str, dict[str, Any]]:
+    """The state, as recorded `before`, of the layers that a model has, by name, where a step does not change it.
 
     Zeros are counted again, and places found, when the layers are written; those of quantized layers are known.
     """
+    present = {layer.name: layer for layer in find_layers(opened.model, convolutions=True, outside=True)}
+    present |= {layer.name: layer for layer in opened.layers}  # beside adapters, those of the model have other names
     found = {}
-    for name, facts in known.items():
+    for name, facts in ({} if before is None else before.layers).items():
         if facts.get("type"):
             found[name] = dict(facts)
         elif name in present:
@@ -221,31 +39,16 @@ def left_alone(known: Mapping[str, Mapping[str, Any]], present: Mapping[str, Lay
     return found
 
 
-def _refilled(result: LayerResult, before: Mapping[str, Any] | None) -> list[str]:
-    """The notes on a pruned layer that has fewer zeros than before."""
-    return [] if before is None else refilled_notes(before["zeros"] - result.zeros, before)
-
-
-def refilled_notes(refilled: int, before: Mapping[str, Any] | None) -> list[str]:
+def refilled_notes(refilled: int, before: Mapping[str, Any]) -> list[str]:
     """A note where so many zeros of a layer were `refilled`, and such notes of earlier steps; none without such.
 
     This happens where a criterion that updates the remaining weights has a lower sparsity than an earlier step, and
     where a storage type has no zero.
     """
-    if before is None:
+    if not before:
         return []
     earlier = [note for note in before.get("notes", ()) if note.endswith(REFILLED)]
     return [*earlier, *([f"{refilled} {REFILLED}"] if refilled > 0 else [])]
-
-
-def _layer_record(result: LayerResult, notes: Sequence[str], before: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {"shape": list(result.shape), "sparsity": result.planned, "zeros": result.zeros}
-    return {
-        **facts,
-        "notes": list(notes),
-        "error": result.error,
-        "updated": result.updated or bool(before.get("updated")),
-    }
 
 
 def place(layer: Layer) -> dict[str, Any]:

@@ -29,23 +29,23 @@ from billhook.recovery.training import Recovered, best_share, race, train_
 from billhook.steps.recover_adapters import add_adapters, merged, save_adapter
 from billhook.steps.recover_blocks import BlocksReport, prepare_blocks, run_blocks
 from billhook.steps.recover_job import IDENTITY, TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
-from billhook.steps.recover_problem import (
+from billhook.steps.recover_setup import (
     check_memory,
     check_sharding,
     draw_windows,
-    make_problem,
+    make_setup,
     state_bytes,
     steps_in,
     teacher_fits,
 )
 from billhook.steps.recover_source import Source, card
-from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
-from billhook.steps.resolve import identity
+from billhook.steps.request import Opened, changed, check_text_given, identity, listed, open_model
 from billhook.steps.state import unfinished_run
 from billhook.steps.teacher import Teacher, find_teacher, open_teacher
 from billhook.steps.training_folder import TrainingFolder, training_folder
 from billhook.store.checkpoint import model_digest
 from billhook.store.directory import complete
+from billhook.store.output import absolute
 from billhook.store.record import history
 from billhook.store.shards import weight_bytes
 from billhook.text.corpus import source_name
@@ -69,8 +69,8 @@ def recover(
 def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> RecoverJob:
     """Check everything about a request, cheapest first, and decide how much is trained; nothing is changed."""
     options, _ = OBJECTIVES.configure(request.objective, request.options), request.seconds
-    check_text_given(request.opening(), True, "Recovering")
-    source = Source.of(request.model, _output(request))
+    check_text_given(request, True, "Recovering")
+    source = Source.of(request.model, absolute(request.output))
     try:
         return _prepared(request, source, options, progress)
     except BaseException:
@@ -87,13 +87,13 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     path, taught_by = (None, None) if found is None else found
     _check_something_to_do(request, opened, taught_by, zeros=any(zeros.values()))
     streamed = path is not None and not request.fsdp and not teacher_fits(path, opened)
-    teacher = None if path is None else open_teacher(path, opened, request.opening(), streamed=streamed)
+    teacher = None if path is None else open_teacher(path, opened, request.model_request(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
     adapted = add_adapters(request, opened, source)
     opened = changed(opened, samples=windows.samples, batches=split_rows(windows.samples.batch, windows.rows))
-    problem = make_problem(request, opened, source, teacher, windows)
-    notes = [check_memory(problem, teacher)]
-    resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
+    setup = make_setup(request, opened, source, teacher, windows)
+    notes = [check_memory(setup, teacher)]
+    resumed = unfinished_run(absolute(request.output), resume=request.resume, overwrite=request.overwrite)
     known = {} if resumed is None else resumed.plan
     size = windows.rows * row_length(opened.model, windows.samples.batch)
     if request.windows is not None:
@@ -101,15 +101,15 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     elif seconds is None:
         steps = math.ceil((request.tokens or TOKENS) / size)
     else:
-        steps = known.get("steps") or min(gather(steps_in(problem, seconds, request.rate is None)))
-    problem, rate = replace(problem, steps=steps), known.get("rate", request.rate)
-    run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
+        steps = known.get("steps") or min(gather(steps_in(setup, seconds, request.rate is None)))
+    setup, rate = replace(setup, steps=steps), known.get("rate", request.rate)
+    run = identity(request.model_request(), opened, options, None) | {"step": "recover"}
     run |= {key: getattr(request, key) for key in IDENTITY}
     run |= {"fsdp": world() if request.fsdp else 0}
     run |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "teacher": taught_by}
     reference = None if teacher is None else _reference(opened, teacher)
     return RecoverJob(
-        request, opened, problem, source, tokens=steps * size, rate=rate, reference=reference, zeros=zeros,
+        request, opened, setup, source, tokens=steps * size, rate=rate, reference=reference, zeros=zeros,
         identity=run, notes=notes + _rounded_note(request.tokens, steps, size), adapted=adapted,
     )  # fmt: skip
 
@@ -135,15 +135,11 @@ def _opened(request: RecoverRequest, source: Source) -> Opened:
     """Open the directory that is trained, with the name, digest and history of the one that was given."""
     before = history(source.given)
     also = () if before is None else before.layers
-    opened = open_model(replace(request, model=source.dense).opening(), streamed=False, also=also)
+    opened = open_model(replace(request, model=source.dense).model_request(), streamed=False, also=also)
     if source.grids:
         facts = {**opened.facts, "digest": model_digest(source.given)}
         opened.__dict__.update(facts=facts, history=before)
     return opened
-
-
-def _output(request: RecoverRequest) -> Path:
-    return Path(request.output).expanduser().resolve()
 
 
 def _check_something_to_do(request: RecoverRequest, opened: Opened, teacher: str | None, *, zeros: bool) -> None:
@@ -173,33 +169,33 @@ def run(
     Raises JobError, and Interrupted where the run can be resumed.
     """
     barrier()  # until all processes have checked the output
-    begun, request, opened, problem = time.perf_counter(), job.request, job.opened, job.problem
-    source, output = job.source.written_like, _output(request)
-    room = weight_bytes(source) + 2 * state_bytes(problem)  # the old state goes when the new one is there
+    begun, request, opened, setup = time.perf_counter(), job.request, job.opened, job.setup
+    source, output = job.source.written_like, absolute(request.output)
+    room = weight_bytes(source) + 2 * state_bytes(setup)  # the old state goes when the new one is there
     unfinished = training_folder(
         source, output, job.identity, resume=request.resume, overwrite=request.overwrite, room=room,
-        stopping=stopping, each=problem.sharded,
+        stopping=stopping, each=setup.sharded,
     )  # fmt: skip
     with (
-        evaluating(problem.model),
-        recomputing(problem.model, request.checkpointing),
+        evaluating(setup.model),
+        recomputing(setup.model, request.checkpointing),
         unfinished as folder,
         connected(),
     ):
-        folder.decide(steps=problem.steps)
+        folder.decide(steps=setup.steps)
         before = None if job.reference is None else job.reference.compare(opened.model)
         rate = _rate(job, folder, progress)
         saved = folder.saved()
         for step in range(0 if saved is None else saved.state.steps):
             progress(f"step {step + 1}")
-        save = functools.partial(folder.save, steps=problem.steps)
-        done, more = merged(job, train_(problem, rate, saved=saved, save=save, progress=progress))
+        save = functools.partial(folder.save, steps=setup.steps)
+        done, more = merged(job, train_(setup, rate, saved=saved, save=save, progress=progress))
         _check_zeros(job)
-        if problem.sharded:
-            gather_(opened.model, problem.model)
+        if setup.sharded:
+            gather_(opened.model, setup.model)
         after = None if job.reference is None else job.reference.compare(opened.model)
         races = folder.state.plan.get("races", {})
-        tokens = job.tokens // problem.steps * done.state.steps
+        tokens = job.tokens // setup.steps * done.state.steps
         zeros, notes = sum(zeros_of(opened.layers).values()), [*job.notes, *_notes(job, done), *more]
         report = RecoverReport(
             output=output, objective=request.objective, tokens=tokens, rate=rate, races=races,
@@ -217,7 +213,7 @@ def _write(job: RecoverJob, report: RecoverReport, folder: Path) -> None:
     if job.request.save == "adapter":
         save_adapter(job, report, folder)
     else:
-        source.write(model, job.problem.kept, folder)
+        source.write(model, job.setup.trained, folder)
         complete(model, source.written_like, folder, record(job, report), card(job.opened.history))
 
 
@@ -225,8 +221,8 @@ def _rate(job: RecoverJob, folder: TrainingFolder, progress: Progress) -> float:
     """The rate of the request, or of the run that is resumed, or the one that wins a race, which is recorded."""
     if job.rate is not None:
         return job.rate
-    before = job.problem.held_out()
-    found = race(job.problem, before, progress)
+    before = job.setup.held_out()
+    found = race(job.setup, before, progress)
     races = {f"{share:g}": loss if math.isfinite(loss) else None for share, loss in found.items()}
     rate = best_share(before, found)
     folder.decide(rate=rate, races=races)
@@ -235,21 +231,21 @@ def _rate(job: RecoverJob, folder: TrainingFolder, progress: Progress) -> float:
 
 def _check_zeros(job: RecoverJob) -> None:
     """Raise JobError where a weight that was zero is not zero any more."""
-    for kept in job.problem.kept:
-        if back := kept.came_back():
-            raise JobError(f"{kept.name}: {back} weights that were zero have values again. Nothing was written.")
+    for part in job.setup.trained:
+        if back := part.came_back():
+            raise JobError(f"{part.name}: {back} weights that were zero have values again. Nothing was written.")
 
 
 def _notes(job: RecoverJob, done: Recovered) -> list[str]:
     """What a reader of the report should know about the run."""
-    notes, rows = [], job.problem.rows * job.problem.steps
+    notes, rows = [], job.setup.rows * job.setup.steps
     if done.state.diverged:
         back = f"the state of step {done.state.best} came back"
         notes.append(f"The loss was not finite after step {done.state.steps}: {back}.")
-    elif done.state.steps < job.problem.steps:
-        notes.append(f"Ended after step {done.state.steps} of {job.problem.steps}, because nothing improved any more.")
+    elif done.state.steps < job.setup.steps:
+        notes.append(f"Ended after step {done.state.steps} of {job.setup.steps}, because nothing improved any more.")
     if not done.after < done.before:
         notes.append("Nothing improved on held-out text: the output has the weights of the input.")
-    if rows > (there := rows_of(job.problem.batch)):
+    if rows > (there := rows_of(job.setup.batch)):
         notes.append(f"The text has {there} windows, and each was seen {rows / there:.1f} times.")
     return notes

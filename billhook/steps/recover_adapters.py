@@ -7,7 +7,7 @@ from billhook.recovery.adapters import add_adapters_, merge_
 from billhook.recovery.lora import zeros_lost_by_an_ordinary_merge
 from billhook.recovery.training import Recovered
 from billhook.steps.recover_job import RANK, RecoverJob, RecoverReport, RecoverRequest, record
-from billhook.steps.recover_problem import stored_in, trained_layers
+from billhook.steps.recover_setup import stored_in, trained_layers
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened
 from billhook.store.directory import checksums
@@ -33,7 +33,7 @@ def merged(job: RecoverJob, done: Recovered) -> tuple[Recovered, list[str]]:
     if job.adapted is None or job.request.save == "adapter":
         return done, []
     lost, zeros = zeros_lost_by_an_ordinary_merge(job.adapted), sum(job.zeros.values())
-    done = merge_(job.adapted, job.opened.layers, done, job.problem.held_out, stored_in(job.opened))
+    done = merge_(job.adapted, job.opened.layers, done, job.setup.held_out, stored_in(job.opened))
     note = f"An ordinary merge of these adapters would have lost {lost:,} of {zeros:,} zeros."
     return done, [note] if done.after < done.before else []
 

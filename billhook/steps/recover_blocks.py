@@ -22,28 +22,22 @@ from billhook.engine.resources import Resources
 from billhook.engine.streaming import Stream, open_streamed
 from billhook.engine.walk import Block, Progress, walk
 from billhook.errors import BillhookError
-from billhook.evaluation.quality import Loss
+from billhook.evaluation.quality import Loss, loss_json
 from billhook.methods.encoded import count_zeros
 from billhook.recovery.block_data import STEP
 from billhook.recovery.blockwise import BlockTuner, Refine
 from billhook.steps.batch_size import batch_size
 from billhook.steps.facts import computed_in, model_facts, versions
+from billhook.steps.inputs import listed
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
+from billhook.steps.record import layer_notes
 from billhook.steps.recover_job import TOKENS, RecoverRequest, teacher_facts, trained_layers_of
-from billhook.steps.recover_problem import draw_windows, trained_layers
+from billhook.steps.recover_setup import draw_windows, trained_layers
 from billhook.steps.recover_source import Source, card
-from billhook.steps.request import (
-    Opened,
-    calibration_facts,
-    changed,
-    check_text_given,
-    in_memory,
-    listed,
-    open_model,
-)
-from billhook.steps.resolve import identity
+from billhook.steps.request import Opened, calibration_facts, changed, check_text_given, identity, in_memory, open_model
 from billhook.steps.teacher import find_teacher
+from billhook.store.output import absolute
 from billhook.store.record import Record, Step, append_step, history
 from billhook.tasks.self_text import is_self
 
@@ -79,8 +73,8 @@ class BlocksReport:
             "output": str(self.output),
             "zeros": self.zeros,
             "seconds": round(self.seconds, 3),
-            "lost_before": None if self.lost_before is None else self.lost_before.to_dict(),
-            "lost": None if self.loss is None else self.loss.to_dict(),
+            "lost_before": loss_json(self.lost_before),
+            "lost": loss_json(self.loss),
             "warnings": self.notes,
         }
 
@@ -92,8 +86,8 @@ def prepare_blocks(request: RecoverRequest, progress: Progress = lambda step: No
     """
     if world() > 1:
         raise BillhookError("recover runs in one process: start it without torchrun.")
-    check_text_given(request.opening(), True, "Recovering")
-    source = Source.of(request.model, Path(request.output).expanduser().resolve())
+    check_text_given(request, True, "Recovering")
+    source = Source.of(request.model, absolute(request.output))
     try:
         return _prepared(request, source, progress)
     except BaseException:
@@ -115,15 +109,15 @@ def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> Bl
             f"{request.model} has no history that leads to a dense model: name it with --teacher DIRECTORY."
         )
     path = teacher.path
-    opening = replace(request.opening(), model=path)
-    dense = open_model(opening, streamed=True, also=() if found is None else found.layers)
+    walked = replace(request.model_request(), model=path)
+    dense = open_model(walked, streamed=True, also=() if found is None else found.layers)
     dense = changed(dense, layers=trained_layers(dense, request))
     dtype, device = dense.model.dtype, str(dense.model.device)
     pruned = open_streamed(source.dense, dense.task.auto_class, dtype=dtype, device=device)
     if dense.resources.stream is None or _shapes(pruned) != _shapes(dense.resources.stream):
         raise BillhookError(f"The blocks of {source.given} and of {path} differ in shape: leave out --by block.")
     dense = _with_text(request, dense, progress)
-    same = identity(opening, dense, {}, None, None) | {"step": "recover", "by": "block", "tune": request.tune}
+    same = identity(walked, dense, {}, None) | {"step": "recover", "by": "block", "tune": request.tune}
     facts = model_facts(source.dense, pruned.model)
     same |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "input": facts["digest"]}
     return BlocksJob(request, dense, source, pruned, facts=facts, history=found, identity=same)
@@ -134,7 +128,7 @@ def _with_text(request: RecoverRequest, dense: Opened, progress: Progress) -> Op
     model = dense.model
     if is_self(request.calibration):  # a streamed model would read every block for every token
         assert dense.source is not None
-        model = in_memory(dense, replace(request.opening(), model=dense.source)).model
+        model = in_memory(dense, replace(request.model_request(), model=dense.source)).model
     windows = draw_windows(replace(request, by="model", batch_size=STEP), dense, model, progress)
     batch, length = join_rows([windows.samples.batch, windows.chosen_on]), row_length(dense.model, windows.chosen_on)
     batch = select_rows(batch, slice(math.ceil((request.tokens or TOKENS) / length)))
@@ -154,7 +148,7 @@ def run_blocks(
     Raises JobError, and Interrupted where the run can be resumed.
     """
     begun, request, dense = time.perf_counter(), job.request, job.dense
-    stream, output = dense.resources.stream, Path(request.output).expanduser().resolve()
+    stream, output = dense.resources.stream, absolute(request.output)
     assert stream is not None
     refine = Refine(tune_norms_and_biases=request.tune == "kept+norms", seed=request.seed)
     lost = loss_of(dense, 0)  # there are held-out rows
@@ -231,10 +225,9 @@ def _record(
         "teacher": teacher_facts(job.history, job.dense.facts["digest"]),
         "calibration": calibration_facts(job.dense),
         "papers": {"objective": "arXiv:2503.04992, arXiv:2402.12419"},
-        "lost_before": None if before is None else before.to_dict(),
-        "lost": None if after is None else after.to_dict(),
+        "lost_before": loss_json(before),
+        "lost": loss_json(after),
         "versions": versions(),
     }
-    notes = [f"{r.layer}: {note}" for r in results for note in r.notes]
-    step = Step("recover", None, made_by, job.facts, notes)
+    step = Step("recover", None, made_by, job.facts, layer_notes(results))
     return append_step(job.history, step, trained_layers_of(job.dense, job.history, results)).to_json()

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from billhook.architectures.layers import Layer, find_layers
+from billhook.architectures.layers import Layer
 from billhook.architectures.sources import resolve
 from billhook.engine.loop import LayerResult
 from billhook.errors import BillhookError
-from billhook.evaluation.quality import Loss, Reference
+from billhook.evaluation.quality import Loss, Reference, loss_json
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.recipes import recipe
-from billhook.recovery.training import Problem, State
+from billhook.recovery.training import State, TrainingSetup
 from billhook.steps.facts import computed_in, versions
-from billhook.steps.inputs import Inputs
+from billhook.steps.inputs import Inputs, ModelRequest, listed
 from billhook.steps.record import left_alone, place
 from billhook.steps.recover_source import Source
-from billhook.steps.request import Opened, Request, calibration_facts, listed
+from billhook.steps.request import Opened, calibration_facts
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name
 from billhook.store.record import Record, Step, append_step
 
@@ -115,9 +115,9 @@ class RecoverRequest(Inputs):
         """The windows that are read once, as a recipe has them; None where tokens or a time are given."""
         return recipe(self.recipe).windows if self.recipe and self.tokens is None and self.budget is None else None
 
-    def opening(self) -> Request:
-        """The fields that say how a model and its text are opened."""
-        found = self._opened_with(plan=None, recipe="", budget="each", targets=(), ignore=())
+    def model_request(self) -> ModelRequest:
+        """The model and the text to open."""
+        found = self._model_request(targets=(), ignore=())
         if not self.fsdp:
             return found
         dtype = chosen_dtype(self.dtype, chosen_device(self.device), resolve(self.model))
@@ -128,14 +128,14 @@ class RecoverRequest(Inputs):
 class RecoverJob:
     """A checked request.
 
-    `problem` is what is trained, of which `source`, `tokens` how much; `rate` is None where rates race. `reference`
+    `setup` is what is trained, of which `source`, `tokens` how much; `rate` is None where rates race. `reference`
     holds the dense model's predictions on text that is used for nothing else, `zeros` the zeros of each layer before.
     `adapted` is peft's model with adapters, where these are trained.
     """
 
     request: RecoverRequest
     opened: Opened
-    problem: Problem
+    setup: TrainingSetup
     source: Source
     tokens: int
     rate: float | None
@@ -148,8 +148,8 @@ class RecoverJob:
     @property
     def steps(self) -> int:
         """The number of progress calls of `run`: one for each step of a race and of the training."""
-        races = len(self.problem.shares) * self.problem.race_steps if self.rate is None else 0
-        return races + self.problem.steps
+        races = len(self.setup.shares) * self.setup.race_steps if self.rate is None else 0
+        return races + self.setup.steps
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class RecoverReport:
             "held_out_after": self.after,
             "zeros": self.zeros,
             "seconds": round(self.seconds, 3),
-            "lost_before": None if self.lost_before is None else self.lost_before.to_dict(),
-            "lost": None if self.loss is None else self.loss.to_dict(),
+            "lost_before": loss_json(self.lost_before),
+            "lost": loss_json(self.loss),
             "warnings": self.warnings,
         }
 
@@ -233,14 +233,14 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         "held_out": {"before": report.before, "after": report.after},
         "zeros": dict(job.zeros),
         "seed": request.seed,
-        **computed_in(job.problem.model),
+        **computed_in(job.setup.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
         "teacher": teacher_facts(before, job.identity["teacher"]),
         "calibration": calibration_facts(opened),
         "papers": {"objective": OBJECTIVES.paper(request.objective)},
-        "lost_before": None if report.lost_before is None else report.lost_before.to_dict(),
-        "lost": None if report.loss is None else report.loss.to_dict(),
+        "lost_before": loss_json(report.lost_before),
+        "lost": loss_json(report.loss),
         "versions": versions(),
     }
     step = Step("recover", None, made_by, opened.facts, report.warnings)
@@ -254,10 +254,8 @@ def trained_layers_of(
 
     A layer that no plan names has no sparsity.
     """
-    present = {layer.name: layer for layer in find_layers(opened.model, convolutions=True, outside=True)}
-    present |= {layer.name: layer for layer in opened.layers}  # beside adapters, those of the model have other names
-    known = {} if before is None else before.layers
-    layers = left_alone(known, present)
+    known, layers = {} if before is None else before.layers, left_alone(before, opened)
+    present = {layer.name: layer for layer in opened.layers}
     for r in results:
         facts = {"shape": list(r.shape), "error": None, "notes": [], **known.get(r.layer, {}), "zeros": r.zeros}
         facts |= {"updated": r.updated or bool(facts.get("updated"))}

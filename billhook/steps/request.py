@@ -1,126 +1,44 @@
-"""A request for a pruning run, and opening the model and the calibration text that it names."""
+"""Open the model and the calibration text that a request names."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
+import transformers
 from transformers import PreTrainedModel
 
+from billhook import __version__ as VERSION
 from billhook.ambient import check_model
 from billhook.architectures.layers import Layer, check_finite, find_layers
 from billhook.architectures.selection import reach, select_layers
 from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import add_stacks, added_stacks, blocks_in, blocks_of
-from billhook.distributed.collectives import rows_per_batch
-from billhook.engine.activation_store import SPILL_GIB
+from billhook.distributed.collectives import rows_per_batch, world
 from billhook.engine.batch import Batch, row_length, rows_of, split_rows
 from billhook.engine.dead_blocks import dead_blocks
-from billhook.engine.gradient_file import Gradients
-from billhook.engine.method import Group, Prefix, Rounding
 from billhook.engine.resources import Resources
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
-from billhook.plan import recipes
-from billhook.plan.allocators import BudgetScope
 from billhook.plan.plan import Plan
-from billhook.plan.spec import Pattern
-from billhook.plan.table import Table
-from billhook.recovery.blockwise import Refining
 from billhook.steps.batch_size import batch_size
-from billhook.steps.facts import model_facts
+from billhook.steps.facts import computed_in, model_facts
+from billhook.steps.inputs import Inputs, ModelRequest, listed
 from billhook.steps.state import partial_folder, unfinished_run
-from billhook.store.arguments import check_fields
 from billhook.store.checkpoint import check_directory, load
 from billhook.store.layout import WRITTEN
-from billhook.store.output import check_output
+from billhook.store.output import absolute, check_output
 from billhook.store.record import Record, history
 from billhook.store.shards import weight_bytes
 from billhook.store.sinks import SameLayout, choose_sink
-from billhook.tasks.base import Drawing, Home, Progress, Samples, Task
+from billhook.tasks.base import Home, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.self_text import is_self, saved_windows
-from billhook.text.given import Given
-
-UNCHECKED = ("model", "calibration")  # fields whose types are checked, and explained, where they are opened
-
-
-@dataclass(frozen=True)
-class Request:
-    """The parameters of a pruning run, named as on the command line.
-
-    `recipe` (by default `good`) fills in what is not given, see `billhook.plan.recipes`. With `published`, zeros are
-    counted, samples drawn and gradients accumulated as in the papers' code. `calibration` is a SOURCE's name, or data.
-    """
-
-    model: str | Path | PreTrainedModel
-    sparsity: float | None = None
-    output: str | Path | None = None
-    recipe: str = ""
-    criterion: str = ""
-    allocator: str = ""
-    pattern: str = "unstructured"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    plan: str | Path | Plan | None = None
-    table: str | Path | Table | None = None
-    gradients: str | Path | Gradients | None = None
-    calibration: Given | None = None
-    samples: int = 128
-    length: int | None = None
-    batch_size: int | None = None
-    seed: int = 0
-    targets: str | Sequence[str] = ()
-    ignore: str | Sequence[str] = ()
-    stacks: str | Sequence[str] = ()
-    budget: BudgetScope = "each"
-    group: Group | None = None
-    published: bool = False
-    bos: str = "auto"
-    skip_unreadable: bool = False
-    refine: Refining | Literal[""] = ""
-    prefix: Prefix | Literal[""] = ""
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
-    resume: bool = False
-    spill_gib: float = SPILL_GIB
-    pack: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self, but=UNCHECKED)
-        planned, structured = self.plan is not None, Pattern.parse(self.pattern).structured
-        found = recipes.chosen(
-            self.recipe, self.criterion, self.allocator, self.refine, structured=structured, planned=planned
-        )
-        filled = {key: getattr(found, key) for key in ("criterion", "allocator", "refine")}
-        filled |= {"group": self.group or found.group, "prefix": self.prefix or found.prefix}
-        filled |= {"options": {**found.options, **self.options}}
-        if self.sparsity is None and not planned:
-            filled["sparsity"] = found.sparsity
-        self.__dict__.update(filled)  # of a frozen object, which nobody has yet
-
-    @property
-    def followed(self) -> str | None:
-        """The recipe that the run follows unchanged; None for another method, or a given plan."""
-        name = self.recipe or recipes.DEFAULT
-        if self.plan is not None:
-            return None
-        own, keys = Request(self.model, None, recipe=name, pattern=self.pattern), ("criterion", "allocator", "refine")
-        same = all(getattr(own, key) == getattr(self, key) for key in (*keys, "options", "group", "prefix"))
-        return name if same and own.sparsity in (None, self.sparsity) else None
-
-    @property
-    def rounding(self) -> Rounding:
-        """How zeros are counted (`billhook.methods.masks`)."""
-        return "floor" if self.published else "exact"
-
-    @property
-    def drawing(self) -> Drawing:
-        """How calibration samples are drawn."""
-        return Drawing(self.samples, self.length, self.seed, "papers" if self.published else "packed", self.bos)
 
 
 @dataclass(frozen=True)
@@ -151,19 +69,19 @@ class Opened:
 
 
 def open_request(
-    request: Request, needs_samples: bool, who: str, *, streamed: bool = False, progress: Progress = lambda step: None
+    request: ModelRequest, needs_text: bool, who: str, *, streamed: bool = False, progress: Progress = lambda step: None
 ) -> Opened:
-    """Load the model, select its layers, and draw the calibration samples if `needs_samples`; cheapest checks first.
+    """Load the model, select its layers, and draw the calibration samples if `needs_text`; cheapest checks first.
 
     With `streamed`, a model directory is opened with one block at a time in memory. Raises BillhookError for an
     impossible request; `who` needs the samples in its message.
     """
-    check_text_given(request, needs_samples, who)
+    check_text_given(request, needs_text, who)
     opened = open_model(request, streamed=streamed)
-    return _without_dead_blocks(draw_text(opened, request, progress)) if needs_samples else opened
+    return _without_dead_blocks(draw_text(opened, request, progress)) if needs_text else opened
 
 
-def check_text_given(request: Request, needed: bool, who: str) -> None:
+def check_text_given(request: Inputs, needed: bool, who: str) -> None:
     """Raise BillhookError where text is `needed`, by `who`, and the request names none, or an empty name."""
     if isinstance(request.calibration, str) and not request.calibration.strip():
         raise BillhookError("The name that --calibration gives is empty: is a variable of the shell unset?")
@@ -175,7 +93,7 @@ def check_text_given(request: Request, needed: bool, who: str) -> None:
 
 
 def open_model(
-    request: Request, *, streamed: bool, room: Callable[[Path], int] = weight_bytes, also: Collection[str] = ()
+    request: ModelRequest, *, streamed: bool, room: Callable[[Path], int] = weight_bytes, also: Collection[str] = ()
 ) -> Opened:
     """Load the model of a request and select its layers, and convolutions in `also`. Writing needs `room(source)`."""
     if request.batch_size is not None and request.batch_size < 1:
@@ -191,9 +109,9 @@ def open_model(
     return Opened(source, model, task, resources, layers, None, [])
 
 
-def draw_text(opened: Opened, request: Request, progress: Progress = lambda step: None) -> Opened:
+def draw_text(opened: Opened, request: ModelRequest, progress: Progress = lambda step: None) -> Opened:
     """The same with the calibration samples of the request."""
-    samples = _draw(request, opened.source, opened.model, opened.task, opened.resources.streamed, progress)
+    samples = _draw(request, opened, progress)
     length = row_length(opened.model, samples.batch)
     size = rows_per_batch(len(samples), request.batch_size or batch_size(opened.layers, length))
     return changed(opened, samples=samples, batches=split_rows(samples.batch, size))
@@ -214,16 +132,11 @@ def changed(opened: Opened, **changes: Any) -> Opened:
     return found
 
 
-def listed(patterns: str | Sequence[str]) -> list[str]:
-    """Patterns as a list; a string is a single pattern."""
-    return [patterns] if isinstance(patterns, str) else list(patterns)
-
-
 def _open_model(
-    request: Request, streamed: bool, room: Callable[[Path], int]
+    request: ModelRequest, streamed: bool, room: Callable[[Path], int]
 ) -> tuple[Path | None, PreTrainedModel, Resources]:
     """Check the output, then load the model (unless it is in memory), one block at a time if `streamed`."""
-    output = None if request.output is None else Path(request.output).expanduser().resolve()
+    output = None if request.output is None else absolute(request.output)
     resources = Resources(spill_gib=request.spill_gib)
     if isinstance(request.model, PreTrainedModel):
         if request.resume:
@@ -242,28 +155,23 @@ def _open_model(
         unfinished = unfinished_run(output, resume=request.resume, overwrite=request.overwrite)
         check_output(output, source, overwrite=request.overwrite, needed=0 if unfinished else room(source))
     if streamed:
-        stream = open_streamed(source, task.auto_class, **_loading(request), targets=listed(request.targets))
+        stream = open_streamed(source, task.auto_class, **request.loading, targets=listed(request.targets))
         if output is None or SameLayout(stream.model, source).mismatch() is None:
             return source, stream.model, replace(resources, stream=stream)
-    model = load(source, task.auto_class, **_loading(request))
+    model = load(source, task.auto_class, **request.loading)
     reach(model, listed(request.targets))
     return source, model, resources
 
 
-def in_memory(opened: Opened, request: Request) -> Opened:
-    """The same with the whole model in memory, for what tries plans on it."""
+def in_memory(opened: Opened, request: ModelRequest) -> Opened:
+    """The same with the whole model in memory, with the same layers and added stacks, for what tries plans on it."""
     if not opened.resources.streamed or opened.source is None:
         return opened
-    model = load(opened.source, opened.task.auto_class, **_loading(request))
-    layers = same_layers(model, opened)
-    return changed(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
-
-
-def same_layers(model: PreTrainedModel, opened: Opened) -> list[Layer]:
-    """The layers of a second model that have the names of the opened one's; it gets the same added stacks."""
+    model = load(opened.source, opened.task.auto_class, **request.loading)
     add_stacks(model, added_stacks(opened.model))
     names = {layer.name for layer in opened.layers}
-    return [layer for layer in find_layers(model, convolutions=True) if layer.name in names]
+    layers = [layer for layer in find_layers(model, convolutions=True) if layer.name in names]
+    return changed(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
 
 
 def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
@@ -275,26 +183,50 @@ def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
                 check_finite(block, f"{name}.")
 
 
-def _loading(request: Request) -> dict[str, Any]:
-    return {key: getattr(request, key) for key in ("dtype", "device", "trust_remote_code")}
-
-
-def _draw(
-    request: Request, source: Path | None, model: PreTrainedModel, task: Task, streamed: bool, progress: Progress
-) -> Samples:
+def _draw(request: ModelRequest, opened: Opened, progress: Progress) -> Samples:
     """The calibration samples of a request; for a resumed run, the stored text that the model generated."""
     given: Any = request.calibration
-    stored = None if request.output is None else partial_folder(Path(request.output).expanduser().resolve()) / WRITTEN
+    source, model = opened.source, opened.model
+    stored = None if request.output is None else partial_folder(absolute(request.output)) / WRITTEN
     if request.resume and stored is not None and stored.is_file() and is_self(given):
         given = saved_windows(stored)
     # a streamed model would read every block for every token
-    elif streamed and source is not None and is_self(given):
-        model = load(source, task.auto_class, **_loading(request))
+    elif opened.resources.streamed and source is not None and is_self(given):
+        model = load(source, opened.task.auto_class, **request.loading)
     home = Home(source, request.trust_remote_code, request.skip_unreadable)
-    return task.samples(given, model, home, request.drawing, progress)
+    return opened.task.samples(given, model, home, request.drawing, progress)
 
 
-def calibration_facts(opened: Opened) -> dict[str, Any]:
-    """What identifies the calibration samples, in tables and billhook.json."""
-    assert opened.samples is not None
+def calibration_facts(opened: Opened) -> dict[str, Any] | None:
+    """What identifies the calibration samples, in tables and billhook.json; None without samples."""
+    if opened.samples is None:
+        return None
     return opened.samples.facts(opened.model) | {"batch_size": rows_of(opened.batches[0])}
+
+
+def identity(
+    request: ModelRequest, opened: Opened, options: Mapping[str, Any], plan: Plan | None, **own: Any
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: versions, model, data and everything that changes the result.
+
+    `options` are those of all methods, `plan` is the given one, and what a command has beside these is its `own`.
+    """
+    return {
+        "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
+        "processes": world(),
+        "model": opened.facts["digest"],
+        "history": None if opened.history is None else digest_of_json(opened.history.to_json()),
+        "published": request.published,
+        "seed": request.seed,
+        **own,
+        **computed_in(opened.model),
+        **request.selection,
+        "options": dict(options),
+        "plan": None if plan is None else digest_of_json(plan.to_json()),
+        "calibration": calibration_facts(opened),
+    }
+
+
+def digest_of_json(value: Mapping[str, Any]) -> str:
+    """The SHA-256 of a value as json."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,5 @@
 """Open and check a request, before anything is measured for its plan or changed."""
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -9,12 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from billhook import __version__ as VERSION
 from billhook.architectures.stacks import blocks_of
-from billhook.distributed.collectives import world
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.method import Method
 from billhook.errors import BillhookError
@@ -27,13 +20,13 @@ from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.racing.allocators import registry_of
 from billhook.racing.hyperparameters import configure, is_raced
-from billhook.steps.facts import computed_in
 from billhook.steps.gradients import check_temporary_room, gradient_bytes
 from billhook.steps.options import split_options
-from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
+from billhook.steps.prune_job import PruneRequest
+from billhook.steps.request import Opened, digest_of_json, identity, open_request
 from billhook.steps.state import STATE, check_same_run, partial_folder, unfinished_run
 from billhook.store.files import sha256
-from billhook.store.output import check_output, check_room
+from billhook.store.output import absolute, check_output, check_room
 from billhook.store.shards import weight_bytes
 from billhook.tasks.base import Progress
 
@@ -48,7 +41,7 @@ class ResolvedRequest:
     * `begun`: when the check began, by `time.perf_counter`.
     """
 
-    request: Request
+    request: PruneRequest
     opened: Opened
     method: Method
     allocator_options: dict[str, Any]
@@ -75,7 +68,7 @@ class ResolvedRequest:
         return check_budget(self.request.sparsity, Pattern.parse(self.request.pattern))
 
 
-def check(request: Request, progress: Progress = lambda step: None, *, dry_run: bool = False) -> ResolvedRequest:
+def check(request: PruneRequest, progress: Progress = lambda step: None, *, dry_run: bool = False) -> ResolvedRequest:
     """Open what a request names and check everything about it, cheapest first; nothing is measured yet.
 
     Raises BillhookError for an impossible request. A model directory is opened one block at a time where there is an
@@ -95,7 +88,7 @@ def check(request: Request, progress: Progress = lambda step: None, *, dry_run: 
     named = f" (the recipe {request.followed})" if request.followed else ""
     who = f"Pruning with {request.criterion} and {request.allocator}{named}"
     opened = open_request(request, needs_samples, who, streamed=streamed, progress=progress)
-    run = identity(request, opened, {**allocator_options, **method.options}, plan, table)
+    run = identity(request, opened, {**allocator_options, **method.options}, plan, **_method_of(request, table))
     if gradients is not None:
         gradients.check(method.gradient, {layer.name: layer.shape for layer in opened.layers}, opened.facts)
     resumed, done = _partial_plan(request, opened, run)
@@ -104,7 +97,7 @@ def check(request: Request, progress: Progress = lambda step: None, *, dry_run: 
         needed=needed, gradients=gradients, identity=run, packed=packed, done=done, begun=begun,
     )  # fmt: skip
     if request.output is not None:
-        check_room(Path(request.output).expanduser().resolve(), _room(found, resumed is not None))
+        check_room(absolute(request.output), _room(found, resumed is not None))
     unsaved = request.output is None and gradients is None and not dry_run
     if method.gradient and (found.on_trial or unsaved):
         check_temporary_room(opened.layers)
@@ -124,22 +117,21 @@ def _room(resolved: ResolvedRequest, resumed: bool) -> int:
     return room
 
 
-def _methods(request: Request) -> tuple[Method, dict[str, Any]]:
+def _methods(request: PruneRequest) -> tuple[Method, dict[str, Any]]:
     """The criterion and the allocator's options, parsed; with `published`, gradients are accumulated as published."""
     arithmetic = request.plan is None and request.allocator != AUTO
     options = dict(request.options)
     if request.published and "mode" in CRITERIA.options(request.criterion):
         options.setdefault("mode", "reference")
     allocators = [request.allocator] if arithmetic else []
-    of_criterion, given = split_options(
-        options, request.criterion, allocators, Request.__dataclass_fields__, allocating=registry_of(request.allocator)
-    )
+    fields, registry = PruneRequest.__dataclass_fields__, registry_of(request.allocator)
+    of_criterion, given = split_options(options, request.criterion, allocators, fields, allocating=registry)
     prefix = request.prefix or "pruned"
     method = Method(request.criterion, of_criterion, request.group, request.rounding, prefix)
     return method, configure(request.allocator, given) if arithmetic else {}
 
 
-def _given_plan(request: Request, table: Table | None) -> Plan | None:
+def _given_plan(request: PruneRequest, table: Table | None) -> Plan | None:
     """The plan of a request, or None and a valid budget."""
     if request.plan is None:
         check_budget(request.sparsity, Pattern.parse(request.pattern))
@@ -154,14 +146,14 @@ def _given_plan(request: Request, table: Table | None) -> Plan | None:
     return plan
 
 
-def _metrics(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
+def _metrics(request: PruneRequest, options: Mapping[str, Any]) -> tuple[str, ...]:
     """The metrics that the request's allocator reads."""
     if request.allocator in ON_MODEL:
         return automatic.needs(request.allocator, request.criterion)
     return ALLOCATORS.needs(request.allocator, options)
 
 
-def _dense_output(request: Request) -> tuple[Request, Path | None]:
+def _dense_output(request: PruneRequest) -> tuple[PruneRequest, Path | None]:
     """For a run whose result is packed: the request with OUTPUT.dense as its output, and the final output."""
     if not request.pack or request.output is None:
         return request, None
@@ -176,7 +168,7 @@ def _dense_output(request: Request) -> tuple[Request, Path | None]:
     return replace(request, output=dense), output
 
 
-def _partial_plan(request: Request, opened: Opened, run: Mapping[str, Any]) -> tuple[Plan | None, int]:
+def _partial_plan(request: PruneRequest, opened: Opened, run: Mapping[str, Any]) -> tuple[Plan | None, int]:
     """The plan of the run to resume, so that nothing is measured again, and its number of finished blocks; None, 0 for
     a new run.
 
@@ -184,7 +176,7 @@ def _partial_plan(request: Request, opened: Opened, run: Mapping[str, Any]) -> t
     """
     if not request.resume or request.output is None or opened.source is None:
         return None, 0
-    output = Path(request.output).expanduser().resolve()
+    output = absolute(request.output)
     state = unfinished_run(output, resume=True, overwrite=request.overwrite)
     if state is None:
         return None, 0
@@ -197,7 +189,18 @@ def _partial_plan(request: Request, opened: Opened, run: Mapping[str, Any]) -> t
     return Plan.from_json(state.plan, str(partial_folder(output))), state.done
 
 
-def _given_gradients(request: Request, method: Method) -> Gradients | None:
+def _method_of(request: PruneRequest, table: Table | None) -> dict[str, Any]:
+    """What must be the same for a run to be resumed, beside what all commands have in common."""
+    gradients = request.gradients.path if isinstance(request.gradients, Gradients) else request.gradients
+    same = ("sparsity", "pattern", "allocator", "criterion", "group", "refine", "prefix", "budget")
+    return {
+        **{key: getattr(request, key) for key in same},
+        "table": None if table is None else digest_of_json(asdict(table)),
+        "gradients": None if gradients is None else sha256(Path(gradients)),
+    }
+
+
+def _given_gradients(request: PruneRequest, method: Method) -> Gradients | None:
     if request.gradients is None:
         return None
     if not method.gradient:
@@ -205,34 +208,3 @@ def _given_gradients(request: Request, method: Method) -> Gradients | None:
             f"The criterion {request.criterion} reads no gradients: leave out --gradients, or use criterion gblm."
         )
     return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))
-
-
-def identity(
-    request: Request, opened: Opened, options: Mapping[str, Any], plan: Plan | None, table: Table | None
-) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: versions, model, data and everything that changes the result.
-
-    `options` are those of all methods, `plan` and `table` the given ones.
-    """
-    given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
-    gradients = request.gradients.path if isinstance(request.gradients, Gradients) else request.gradients
-    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed", "prefix", "budget")
-    return {
-        "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
-        "processes": world(),
-        "model": opened.facts["digest"],
-        "history": None if opened.history is None else _json_digest(opened.history.to_json()),
-        **{key: getattr(request, key) for key in same},
-        **computed_in(opened.model),
-        "targets": listed(request.targets),
-        "ignore": listed(request.ignore),
-        "stacks": listed(request.stacks),
-        "options": dict(options),
-        **{key: None if value is None else _json_digest(value) for key, value in given.items()},
-        "gradients": None if gradients is None else sha256(Path(gradients)),
-        "calibration": None if opened.samples is None else calibration_facts(opened),
-    }
-
-
-def _json_digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

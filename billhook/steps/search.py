@@ -28,15 +28,15 @@ from billhook.plan.spec import Pattern
 from billhook.racing.automatic import ROUNDS, needs, schedule, trial_method
 from billhook.racing.hyperparameters import RACED, Space, every
 from billhook.racing.picture import draw
-from billhook.racing.race import Objective, Problem, Race, Trial, TrialBudget
+from billhook.racing.race import AllocationProblem, Objective, Race, Trial, TrialBudget
 from billhook.racing.record import MODEL, PICTURE, PLAN, SearchRecord
 from billhook.registry import hint
 from billhook.steps.gradients import check_temporary_room, gradient_bytes
 from billhook.steps.keywords import SearchFields
 from billhook.steps.options import split_options
 from billhook.steps.prune import run
-from billhook.steps.record import Job
-from billhook.steps.request import Opened, Request, listed, open_request
+from billhook.steps.prune_job import Job, PruneRequest
+from billhook.steps.request import Opened, open_request
 from billhook.store.compute import dtype_name
 from billhook.store.output import check_output
 from billhook.store.shards import weight_bytes
@@ -87,13 +87,13 @@ def search(
     * `output`: a directory for search.json, plan.json, search.svg and, if `save_model`, the pruned model/; an
       interrupted search is continued there.
     * `progress`: called with the largest number of trials, in words, and then with a line for each trial.
-    * `fields`: of `Request`, those that `SearchFields` names.
+    * `fields`: of `PruneRequest`, those that `SearchFields` names.
 
     The model's weights are restored. Raises BillhookError for an impossible request, before anything is written.
     """
     limit = TrialBudget.parse(budget)
     _check(objective, fields)
-    request = Request(model, sparsity, **({"samples": SAMPLES} | fields))
+    request = PruneRequest(model, sparsity, **({"samples": SAMPLES} | fields))
     if request.allocator not in ("uniform", AUTO):
         raise BillhookError(f"A search chooses the allocation: give allocator {request.allocator}, not the recipe.")
     names, target = _names(allocator), check_budget(sparsity, Pattern.parse(request.pattern))
@@ -187,17 +187,17 @@ def _places(
     return folder, folder / MODEL
 
 
-def _problem(request: Request, opened: Opened, space: Space, batches: Sequence[Any]) -> Problem:
+def _problem(request: PruneRequest, opened: Opened, space: Space, batches: Sequence[Any]) -> AllocationProblem:
     """Measure the metrics of the allocators; raises BillhookError for a value that an allocator refuses."""
     columns = [*(needs(AUTO, request.criterion) if AUTO in space.allocators else ()), *space.columns()]
     table = measure(opened.model, columns, batches=batches, layers=opened.layers, facts=opened.facts)
-    problem = Problem(table, request.sparsity, request.pattern)
+    problem = AllocationProblem(table, request.sparsity, request.pattern)
     for name, options in space.first():
         problem.allocate(name, options)
     return problem
 
 
-def _identity(request: Request, opened: Opened, space: Space, method: Method) -> dict[str, Any]:
+def _identity(request: PruneRequest, opened: Opened, space: Space, method: Method) -> dict[str, Any]:
     """What must be the same for a search to be continued; a model in memory is identified by its prunable weights."""
     model = dict(opened.facts)
     if opened.source is None:
@@ -207,9 +207,7 @@ def _identity(request: Request, opened: Opened, space: Space, method: Method) ->
         model["digest"] = weights.hexdigest()
     return {
         "model": model,
-        "targets": listed(request.targets),
-        "ignore": listed(request.ignore),
-        "stacks": listed(request.stacks),
+        **request.selection,
         "sparsity": space.target,
         "pattern": request.pattern,
         "criterion": method.criterion,

@@ -34,8 +34,7 @@ from billhook.reports.slim_card import publish_slim
 from billhook.steps.gradients import stored_gradients
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import PartialOutput, partial_output
-from billhook.steps.request import Opened, changed, check_text_given, draw_text, open_model
-from billhook.steps.resolve import identity
+from billhook.steps.request import Opened, changed, check_text_given, draw_text, identity, open_model
 from billhook.steps.same_predictions import check_same_predictions
 from billhook.steps.slim_allocation import UnitAllocation
 from billhook.steps.slim_choice import choose_kinds, choose_plan, parameters_of, units_of
@@ -44,6 +43,7 @@ from billhook.steps.slim_job import SlimJob, SlimReport, SlimRequest, kept_parts
 from billhook.steps.slim_plan import check_plan, dropped_by, kinds_in, kinds_of
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.files import read_json, write_json
+from billhook.store.output import absolute
 from billhook.store.shards import result_bytes, weight_bytes, without_missing_entry, write_index
 
 _NEAR = 0.01  # of the parameters in blocks: a share that is so far from what was asked needs no note
@@ -86,17 +86,17 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
         )
     choosing = given is None and bool({"blocks", AUTO} & set(kinds) or allocation.needs_text)
     _check_text_given(request, kinds, removal, choosing)
-    opened = open_model(request.opening(), streamed=True)
+    opened = open_model(request.model_request(), streamed=True)
     stream = opened.resources.stream
     if stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so no units can be removed from it.")
     if "blocks" in kinds:
         check_blocks(stream.model)
-    resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
+    resumed = unfinished_run(absolute(request.output), resume=request.resume, overwrite=request.overwrite)
     if given is None and resumed is not None:
-        given = Plan.from_json(resumed.plan, str(partial_folder(_output(request))))
+        given = Plan.from_json(resumed.plan, str(partial_folder(absolute(request.output))))
     if given is None and choosing:
-        opened = draw_text(opened, request.opening(), progress)
+        opened = draw_text(opened, request.model_request(), progress)
     if given is not None:
         plan = check_plan(given, units_of(opened, kinds_in(given)), stream.prefixes, request.shape)
     elif kinds == [AUTO]:
@@ -114,11 +114,7 @@ def _check_text_given(request: SlimRequest, kinds: Sequence[str], removal: Remov
     reads = {f"Removing units with {request.method}": used, "Removing experts": "experts" in kinds}
     reads |= {"Choosing what goes": choosing}
     reader = next((who for who, reads_text in reads.items() if reads_text), "")
-    check_text_given(request.opening(), bool(reader), reader)
-
-
-def _output(request: SlimRequest) -> Path:
-    return Path(request.output).expanduser().resolve()
+    check_text_given(request, bool(reader), reader)
 
 
 def _checked_job(
@@ -141,8 +137,8 @@ def _checked_job(
     smaller = Smaller.open(opened.source, stream, config, units=units, counts=counts, blocks=blocks)
     needed = removal.observed or removal.gradient or any(unit.kind == "experts" for unit in units)
     if opened.samples is None and needed:
-        opened = draw_text(opened, request.opening(), progress)
-    run = identity(request.opening(), opened, {**request.options, **removal.options}, plan, None)
+        opened = draw_text(opened, request.model_request(), progress)
+    run = identity(request.model_request(), opened, {**request.options, **removal.options}, plan)
     run |= {"step": "slim", "remove": request.remove, "units": kinds_of(request.units)}
     run |= {key: getattr(request, key) for key in ("method", "experts", "drop_by", "allocator", "shape")}
     job = SlimJob(
@@ -175,10 +171,10 @@ def run(
     Raises JobError, and Interrupted where the run can be resumed.
     """
     start, request, opened, smaller = time.perf_counter(), job.request, job.opened, job.smaller
-    source, output = opened.source, _output(request)
+    source, output = opened.source, absolute(request.output)
     assert source is not None
     barrier()  # until all processes have checked the output
-    lost = loss_of(opened, request.opening().drawing.held_out)
+    lost = loss_of(opened, request.drawing.held_out)
     files = SmallerFiles(smaller)
     unfinished = partial_output(
         smaller.source, source, output, job.identity, job.plan.to_json(),

@@ -35,7 +35,7 @@ def choose_kinds(
     assert request.remove is not None
     if removal.gradient:
         raise BillhookError(f"--units auto does not compute gradients for {removal.method}: name kinds of units.")
-    whole = in_memory(opened, request.opening())
+    whole = in_memory(opened, request.model_request())
     order = BlockOrder(whole, request.drop_by, progress)
 
     def planned(kinds: Sequence[str]) -> tuple[Plan, float]:
@@ -70,7 +70,7 @@ def choose_plan(
         check_per_layer(opened.model, units)
     number, gone = blocks_to_drop(kinds, request.remove, parameters_of(opened)), list[int]()
     if number or (allocation.on_trial and units):
-        opened = in_memory(opened, request.opening())
+        opened = in_memory(opened, request.model_request())
         units = units_of(opened, kinds)
     if number:
         gone = (order or BlockOrder(opened, request.drop_by, progress)).first(number)

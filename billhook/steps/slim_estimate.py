@@ -32,7 +32,7 @@ def estimate_slim(job: SlimJob) -> float:
     first, smaller = min(unit.block for unit in job.units), 1 - job.removed / sum(job.parameters)
     seconds, samples = _removing(job, first), job.opened.samples
     if samples is not None:
-        scored = samples.heldout or select_rows(samples.batch, slice(0, job.request.opening().drawing.held_out))
+        scored = samples.heldout or select_rows(samples.batch, slice(0, job.request.drawing.held_out))
         seconds += _PASSES * (1 + smaller) * _reading(job, first, [scored])
     if job.removal.gradient:
         seconds += _GRADIENTS * _reading(job, first, job.opened.batches)

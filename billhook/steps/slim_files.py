@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,11 +20,12 @@ from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit
 from billhook.engine.streaming import Stream, stream_of
 from billhook.errors import BillhookError
+from billhook.steps.block_files import FilePerBlock
 from billhook.store.checkpoint import loading
-from billhook.store.files import replace_file, sha256
+from billhook.store.files import sha256
 from billhook.store.fitting import Stored
 from billhook.store.locate import to_disk
-from billhook.store.shards import Entry, file_names, read_shard
+from billhook.store.shards import Entry, read_shard
 from billhook.store.tensor_bytes import as_stored, exact
 
 
@@ -160,36 +160,24 @@ def _renamed(name: str, source: Stream, old: int, blocks: Sequence[int]) -> str:
     return f"{stacks[old]}.{number}{name.removeprefix(source.prefixes[old])}"
 
 
-class SmallerFiles:
-    """A sink with one file for each block that stays.
-
-    It has the interface of `billhook.store.sinks.SameLayout` that an unfinished output needs.
-    """
+class SmallerFiles(FilePerBlock):
+    """The sink of a smaller model, with one file for each block that stays."""
 
     same_values = False  # as in memory: the files may have another dtype
 
     def __init__(self, smaller: Smaller) -> None:
-        self.smaller, self.entries = smaller, smaller.source.source
-        self.files = file_names(len(smaller.blocks) + 1)
-        source = smaller.source
-        self._block = {name: index for index, names in enumerate(source.names) for name in names}
+        super().__init__(smaller.source, len(smaller.blocks))
+        self.smaller = smaller
 
     def begin(self, folder: Path, copied: Collection[str]) -> None:
         """Write the file of the tensors outside of the blocks."""
         tensors = {n: Stored(self.entries[n].path, self.entries[n].entry, lazy=False).read() for n in copied}
-        _save(folder / self.files[0], tensors)
-
-    def begun(self, folder: Path) -> bool:
-        """Whether that file exists."""
-        return (folder / self.files[0]).is_file()
+        self._save(folder / self.files[0], tensors)
 
     def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write the file of a block that stays, given its tensors in memory by name."""
-        first = next(iter(state))
-        source = self.smaller.source
-        index = next(i for i, prefix in enumerate(source.prefixes) if first.startswith(f"{prefix}."))
-        if index in self.smaller.blocks:
-            _save(folder / self._file(index), self.smaller.small(index, state))
+        if (index := self._number(state)) in self.smaller.blocks:
+            self._save(folder / self._file(index), self.smaller.small(index, state))
 
     def digest(self, folder: Path, names: Iterable[str]) -> str:
         """The SHA-256 of the file of these tensors: those of one block, or those outside of the blocks."""
@@ -209,7 +197,3 @@ class SmallerFiles:
 
     def _file(self, index: int) -> str:
         return self.files[self.smaller.blocks.index(index) + 1]
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    replace_file(path, lambda temporary: save_file(dict(tensors), temporary, metadata={"format": "pt"}))

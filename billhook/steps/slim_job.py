@@ -10,15 +10,15 @@ from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit
 from billhook.engine.loop import LayerResult
 from billhook.engine.removal import Removal
-from billhook.evaluation.quality import Loss
+from billhook.evaluation.quality import Loss, loss_json
 from billhook.methods.structured import STRUCTURED
 from billhook.plan.plan import Plan
 from billhook.plan.unit_counts import Shape
 from billhook.steps.block_choice import BlockChoice
 from billhook.steps.facts import versions
-from billhook.steps.inputs import Inputs
-from billhook.steps.record import place, without_folders
-from billhook.steps.request import Opened, Request, calibration_facts
+from billhook.steps.inputs import Inputs, ModelRequest
+from billhook.steps.record import layer_notes, place, without_folders
+from billhook.steps.request import Opened, calibration_facts
 from billhook.steps.slim_files import Smaller
 from billhook.store.record import Step, append_step
 from billhook.store.sinks import left_over
@@ -48,9 +48,9 @@ class SlimRequest(Inputs):
     drop_by: BlockChoice = "kl"
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def opening(self) -> Request:
-        """The fields that say how a model and its text are opened."""
-        return self._opened_with(plan=None, allocator="", stacks=self.stacks or "all")
+    def model_request(self) -> ModelRequest:
+        """The model and the text to open."""
+        return self._model_request(stacks=self.stacks or "all")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class SlimReport:
             "bytes": self.size,
             "source_bytes": self.source_size,
             "seconds": round(self.seconds, 3),
-            "lost": None if self.loss is None else self.loss.to_dict(),
+            "lost": loss_json(self.loss),
             "warnings": self.warnings,
             "units": {name: {"kept": len(kept), "of": self.counts[name]} for name, kept in self.kept.items()},
         }
@@ -151,13 +151,12 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
         "removed": job.removed / sum(job.parameters),
         "padding": job.padding / sum(job.parameters),
         **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
-        "calibration": None if opened.samples is None else calibration_facts(opened),
+        "calibration": calibration_facts(opened),
         "papers": {"method": STRUCTURED.paper(request.method)},
-        "lost": None if loss is None else loss.to_dict(),
+        "lost": loss_json(loss),
         "versions": versions(),
     }
-    notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes)]
-    notes += left_over(opened.model, opened.source)
+    notes = [*job.notes, *layer_notes(results), *left_over(opened.model, opened.source)]
     step = Step("slim", job.plan.to_json(), made_by, opened.facts, notes)
     return {**append_step(before, step, {}).to_json(), "layers": _layers(job, results)}
 

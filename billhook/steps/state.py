@@ -10,6 +10,7 @@ from billhook.errors import BillhookError
 from billhook.store.files import json_text, read_json, replace_file
 from billhook.store.layout import PARTIAL
 from billhook.store.layout import UNFINISHED as STATE
+from billhook.store.output import absolute
 from billhook.store.typed_json import typed
 
 VERSION = 1
@@ -73,7 +74,7 @@ def unfinished_run(output: Path, *, resume: bool, overwrite: bool) -> State | No
 
 def finished_items(output: str | Path | None, resume: bool) -> int:
     """How many layers (or units) the run to be continued has finished; 0 for a new run."""
-    folder = None if output is None else partial_folder(Path(output).expanduser().resolve())
+    folder = None if output is None else partial_folder(absolute(output))
     if not resume or folder is None or not (folder / STATE).exists():
         return 0
     return sum(map(len, read_state(folder).results))

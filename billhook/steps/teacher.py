@@ -12,7 +12,8 @@ from billhook.architectures.config import classes_of, hidden_width, is_headless
 from billhook.architectures.sources import resolve
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
-from billhook.steps.request import Opened, Request
+from billhook.steps.inputs import ModelRequest
+from billhook.steps.request import Opened
 from billhook.store.checkpoint import load, load_tokenizer, model_digest, read_config
 from billhook.store.record import Record
 
@@ -50,7 +51,7 @@ def find_teacher(history: Record | None, source: Path | None, given: str | Path 
     )
 
 
-def open_teacher(path: Path, opened: Opened, request: Request, *, streamed: bool = False) -> PreTrainedModel:
+def open_teacher(path: Path, opened: Opened, request: ModelRequest, *, streamed: bool = False) -> PreTrainedModel:
     """Load the dense model in the dtype and on the device of the opened one; `streamed`, its blocks are read from disk
     whenever they are called.
 

@@ -17,6 +17,11 @@ from billhook.errors import BillhookError, DiskFull, JobError
 from billhook.store.files import fsync
 
 
+def absolute(output: str | Path) -> Path:
+    """The absolute path of an output that is given."""
+    return Path(output).expanduser().resolve()
+
+
 def check_output(output: Path, source: Path | None = None, *, overwrite: bool = False, needed: int = 0) -> Path:
     """Check, before any work, that `output` can be written; returns it resolved.
 
@@ -24,7 +29,7 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
     source or contains it, contains the current folder, or its folder does not exist; JobError when fewer than `needed`
     bytes are free.
     """
-    output = Path(output).expanduser().resolve()
+    output = absolute(output)
     if source is not None and (output.is_relative_to(source.resolve()) or source.resolve().is_relative_to(output)):
         raise BillhookError(
             f"The output {output} contains the source model {source} or is inside it: choose another output."

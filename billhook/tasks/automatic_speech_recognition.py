@@ -21,7 +21,7 @@ from billhook.images.pixels import processor_of
 from billhook.tasks.base import Home
 from billhook.tasks.read_rows import ReadRows, source_of
 from billhook.tasks.text2text_generation import TextToText, shifted
-from billhook.text.objects import Row, objects
+from billhook.text.objects import DataRow, objects
 
 FORMS = 'FILE.jsonl with lines {"audio": FILE.wav, "text": TEXT}'
 _TYPES = {1: np.uint8, 2: np.int16, 4: np.int32}  # of samples, by their bytes
@@ -47,7 +47,7 @@ class SpeechRecognition(TextToText):
         processor = processor_of(directory, home.trust_remote_code, name, "AutoProcessor")
         rate = int(processor.feature_extractor.sampling_rate)
 
-        def pair(row: Row) -> Batch:
+        def pair(row: DataRow) -> Batch:
             sound = samples_of(row.folder / Path(row.text("audio")).expanduser(), rate)
             features = processor(audio=sound, sampling_rate=rate, return_tensors="pt")["input_features"]
             target = processor.tokenizer(row.text("text"))["input_ids"]

@@ -35,6 +35,7 @@ from billhook.ambient import evaluating
 from billhook.architectures.config import cache_bytes, cache_name, check_length, special_tokens
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
+from billhook.store.files import untrusted
 from billhook.tasks.base import Drawing, Samples
 from billhook.tasks.token_windows import drawn_windows, window_length
 from billhook.text.sampling import cut, join, window_prefix
@@ -90,16 +91,13 @@ def save_windows(path: Path, samples: Samples) -> None:
 
 def saved_windows(path: Path) -> Tokens:
     """The windows saved by `save_windows`; raises BillhookError for another file."""
-    try:
+    with untrusted(f"{path} does not hold calibration windows", "Start again with --overwrite."):
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
             ids = file.get_tensor("tokens").long()
             heldout = file.get_tensor("heldout").long() if "heldout" in set(file.keys()) else None
         prefix = tuple(about.pop("prefix", ids[0, :1].tolist() if about["bos"] else ()))
         return Tokens(ids, **about, heldout=heldout, prefix=prefix)
-    except Exception as error:
-        wrong = f"{path} does not hold calibration windows ({error})"
-        raise BillhookError(f"{wrong}: start again with --overwrite.") from None
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from billhook.errors import BillhookError
 from billhook.tasks.base import Home
 from billhook.tasks.read_rows import AnswerTask, ReadRows, answers, source_of
 from billhook.tasks.token_windows import tokenizer_of
-from billhook.text.objects import Row, objects, without_nulls
+from billhook.text.objects import DataRow, objects, without_nulls
 
 FORMS = 'FILE.jsonl with lines {"input": TEXT, "target": TEXT}, or hub:NAME[:config][:split] with these columns'
 
@@ -60,7 +60,7 @@ class TextToText(AnswerTask):
         if tokenizer is None:
             raise BillhookError(f"The model has no tokenizer to read {name} with.")
 
-        def pair(row: Row) -> Batch:
+        def pair(row: DataRow) -> Batch:
             ids = tokenizer(row.text("input"), return_tensors="pt")["input_ids"]
             target = tokenizer(text_target=row.text("target"))["input_ids"]
             return {"input_ids": ids, **shifted(model, target)}

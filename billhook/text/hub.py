@@ -24,7 +24,7 @@ _FILES = {
 
 
 @dataclass(frozen=True)
-class Request:
+class DatasetSpec:
     """Arguments of `datasets.load_dataset`, and the field of the text."""
 
     name: str
@@ -35,7 +35,7 @@ class Request:
     field: str = "text"
 
 
-def parse(source: str, purpose: str) -> Request:
+def parse(source: str, purpose: str) -> DatasetSpec:
     """Parse `hub:NAME[:config][:split]`; the default split is train for calibration, else test (C4: validation)."""
     name, *rest = source.removeprefix("hub:").split(":")
     alias = name in ("wikitext2", *_FILES)
@@ -45,14 +45,14 @@ def parse(source: str, purpose: str) -> Request:
     given = rest[-1] if len(rest) == (1 if alias else 2) else ""
     split = given or ("train" if purpose == "calibration" else "validation" if name == "c4" else "test")
     if name == "wikitext2":
-        return Request("Salesforce/wikitext", "wikitext-2-raw-v1", split)
+        return DatasetSpec("Salesforce/wikitext", "wikitext-2-raw-v1", split)
     if name in _FILES:
         dataset, files, revision, field = _FILES[name]
         if split not in files:
             known = " or ".join(f"hub:{name}:{each}" for each in files)
             raise BillhookError(f"{name.upper()} has no split {split!r}: use {known}.")
-        return Request(dataset, None, split, {split: files[split]}, revision, field)
-    return Request(name, (rest[0] if rest else "") or None, split)
+        return DatasetSpec(dataset, None, split, {split: files[split]}, revision, field)
+    return DatasetSpec(name, (rest[0] if rest else "") or None, split)
 
 
 class _Column(Sequence[str]):
@@ -88,10 +88,10 @@ def dataset_documents(path: Path, kind: str, purpose: str, stream: bool, chat: C
     """The documents of a file of rows (`kind` is its suffix), or of a folder that `save_to_disk` wrote; as above."""
     if is_saved_dataset(path):
         split = "train" if purpose == "calibration" else "test"
-        return _documents(Request(str(path), None, split), str(path), stream, chat)
+        return _documents(DatasetSpec(str(path), None, split), str(path), stream, chat)
     if not path.is_file():
         raise BillhookError(f"There is no file {path}.")
-    return _documents(Request(kind.removeprefix("."), None, "train", {"train": str(path)}), str(path), stream, chat)
+    return _documents(DatasetSpec(kind.removeprefix("."), None, "train", {"train": str(path)}), str(path), stream, chat)
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -104,45 +104,45 @@ def hub_rows(source: str, purpose: str) -> Any:
     return _loaded(parse(source, purpose), source, False)[0]
 
 
-def _documents(request: Request, source: str, stream: bool, chat: Chat | None) -> Iterable[str]:
-    loaded, columns = _loaded(request, source, stream)
-    fields = fields_of(columns, request.field)
+def _documents(dataset: DatasetSpec, source: str, stream: bool, chat: Chat | None) -> Iterable[str]:
+    loaded, columns = _loaded(dataset, source, stream)
+    fields = fields_of(columns, dataset.field)
     if not fields:
-        both = f"`{request.field}` or `messages`"
+        both = f"`{dataset.field}` or `messages`"
         raise BillhookError(f"{source} has no field {both}; it has {', '.join(columns) or 'nothing'}.")
     return (column if hasattr(loaded, "__len__") else _streamed)(loaded, fields, source, chat)
 
 
-def _loaded(request: Request, source: str, stream: bool) -> tuple[Any, list[str]]:
+def _loaded(dataset: DatasetSpec, source: str, stream: bool) -> tuple[Any, list[str]]:
     """The dataset and the names of its columns."""
     try:
         import datasets
     except ImportError:
         need = f"The source {source} needs the package `datasets`"
         raise BillhookError(f"{need}: pip install 'billhook[data]', or give a .txt or .jsonl file.") from None
-    place = Path(*(request.files or {"": request.name}).values()).expanduser()
-    if has_no_rows(place, f".{request.name}", request.split):
+    place = Path(*(dataset.files or {"": dataset.name}).values()).expanduser()
+    if has_no_rows(place, f".{dataset.name}", dataset.split):
         raise no_text(source)
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        loaded = _load(datasets, request, stream)
+        loaded = _load(datasets, dataset, stream)
         return loaded, loaded.column_names or list(next(iter(loaded), {}))
     except Exception as error:  # `datasets` and its dependencies raise a dozen unrelated kinds
-        raise _failed(f"{source} (split {request.split})", error) from None
+        raise _failed(f"{source} (split {dataset.split})", error) from None
     finally:
         if not bars:
             datasets.enable_progress_bars()
 
 
-def _load(datasets: Any, request: Request, stream: bool) -> Any:
-    if is_saved_dataset(Path(request.name).expanduser()):
-        loaded = datasets.load_from_disk(Path(request.name).expanduser())
-        if isinstance(loaded, Mapping) and request.split not in loaded:
-            raise ValueError(f"it has {', '.join(loaded)}: name one, hub:{request.name}::{next(iter(loaded))}")
-        return loaded[request.split] if isinstance(loaded, Mapping) else loaded
+def _load(datasets: Any, dataset: DatasetSpec, stream: bool) -> Any:
+    if is_saved_dataset(Path(dataset.name).expanduser()):
+        loaded = datasets.load_from_disk(Path(dataset.name).expanduser())
+        if isinstance(loaded, Mapping) and dataset.split not in loaded:
+            raise ValueError(f"it has {', '.join(loaded)}: name one, hub:{dataset.name}::{next(iter(loaded))}")
+        return loaded[dataset.split] if isinstance(loaded, Mapping) else loaded
     return datasets.load_dataset(
-        request.name, request.config, split=request.split, data_files=request.files, revision=request.revision,
+        dataset.name, dataset.config, split=dataset.split, data_files=dataset.files, revision=dataset.revision,
         streaming=stream,
     )  # fmt: skip
 

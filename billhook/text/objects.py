@@ -17,7 +17,7 @@ from billhook.text.rows import cleaned, warn_of_nulls
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """The fields of a row, `where` it was found, and the folder beside which files are that it names."""
 
     where: str
@@ -32,7 +32,7 @@ class Row:
         return cleaned(value)
 
 
-def without_nulls(rows: list[Row], keys: tuple[str, ...], source: str) -> list[Row]:
+def without_nulls(rows: list[DataRow], keys: tuple[str, ...], source: str) -> list[DataRow]:
     """The rows in which none of the fields `keys` is null; the others are counted and logged.
 
     A row that lacks a field is kept, so that it is refused by name. Raises BillhookError where no row is left.
@@ -44,7 +44,7 @@ def without_nulls(rows: list[Row], keys: tuple[str, ...], source: str) -> list[R
     return kept
 
 
-def objects(source: Any, purpose: str, forms: str) -> list[Row]:
+def objects(source: Any, purpose: str, forms: str) -> list[DataRow]:
     """The rows of a SOURCE or of rows given from Python; `forms` says in messages what a source is.
 
     `purpose`, calibration or evaluation, decides the default split of a hub dataset. Raises BillhookError for a source
@@ -64,14 +64,14 @@ def objects(source: Any, purpose: str, forms: str) -> list[Row]:
     return found
 
 
-def _lines(path: Path, name: str, forms: str) -> list[Row]:
+def _lines(path: Path, name: str, forms: str) -> list[DataRow]:
     if path.suffix.lower() != ".jsonl" or not path.is_file():
         why = "there is no such file" if not path.exists() else "it is no .jsonl file"
         raise BillhookError(f"{name}: {why}, and the model reads rows with several fields. A source is {forms}.")
     return [_row(parsed(line, where), where, path.parent) for where, line in lines(path)]
 
 
-def _row(row: Any, where: str, folder: Path = Path()) -> Row:
+def _row(row: Any, where: str, folder: Path = Path()) -> DataRow:
     if not isinstance(row, Mapping):
         raise BillhookError(f"{where}: found {type(row).__name__}, not an object with fields.")
-    return Row(where, row, folder)
+    return DataRow(where, row, folder)

@@ -25,7 +25,7 @@ from billhook.engine.batch import Batch, select_rows, split_rows
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import LayerResult, apply_plan_
-from billhook.engine.method import Treatment
+from billhook.engine.method import WeightMethod
 from billhook.engine.restore import restore_, restored
 from billhook.errors import JobError
 from billhook.evaluation.divergence import Divergence
@@ -134,7 +134,7 @@ class TrialRunner(Runner):
         layers: Sequence[Layer],
         batches: Sequence[Batch],
         heldout: Batch,
-        method: Treatment,
+        method: WeightMethod,
     ) -> None:
         """`method` is how trials prune; the others as of `Runner`."""
         super().__init__(model, layers, batches, heldout, method.gradient)

@@ -54,16 +54,16 @@ def test_a_stopped_run_of_two_processes_goes_on_to_the_same_bytes(pruned: Path, 
 
     def kill() -> None:
         stop_early()
-        before = training.KeptAdam.step
+        before = training.MaskedAdam.step
 
-        def step(self: training.KeptAdam, share: float) -> None:
+        def step(self: training.MaskedAdam, share: float) -> None:
             before(self, share)
             calls.append(share)
             if len(calls) == 5 and os.environ["RANK"] == "1":
                 os.kill(os.getpid(), 9)
 
         calls: list[float] = []
-        training.KeptAdam.step = step
+        training.MaskedAdam.step = step
 
     run = ("recover", "pruned", *FEW, *sharding)
     whole, stopped = (f"{name}{''.join(sharding)}" for name in ("whole", "stopped"))

@@ -14,7 +14,8 @@ from billhook import load_model
 from billhook.errors import Interrupted
 from billhook.evaluation.scoring import IGNORED
 from billhook.steps.prune import prepare, run
-from billhook.steps.request import Request, open_request
+from billhook.steps.prune_job import PruneRequest
+from billhook.steps.request import open_request
 from billhook.store.record import history
 from billhook.tasks.opening import task_of
 from billhook.trials.heldout import split_samples
@@ -71,7 +72,7 @@ def test_every_command_follows_one_rule_and_records_it(place, options, begun):
 def test_a_run_that_begins_windows_otherwise_is_not_continued(place):
     fields = {"sparsity": 0.5, "calibration": "text.jsonl", "samples": 6, "length": 32, "output": place / "out"}
     with pytest.raises(Interrupted):
-        run(prepare(Request(place / "model", **fields)), stopping=lambda: True)
+        run(prepare(PruneRequest(place / "model", **fields)), stopping=lambda: True)
     refused = billhook("prune", "model", "--sparsity", "0.5", *TEXT, "--bos", "no", "--resume", "-o", "out")
     assert refused.code == 2
     assert "its calibration was" in refused.err
@@ -92,7 +93,7 @@ def test_bos_is_never_predicted_in_trials(place, source):
     """Documents are shorter than a window, so that BOS tokens are inside windows, too."""
     model = load_model(place / "model")
     model.config.eos_token_id = model.generation_config.eos_token_id = list(range(200))  # so that documents end
-    request = Request(model, 0.5, calibration=source, samples=70, length=64)
+    request = PruneRequest(model, 0.5, calibration=source, samples=70, length=64)
     samples = open_request(request, True, "A test").samples
     assert (samples.batch["input_ids"][:, 0] == 256).all()
     assert (samples.batch["input_ids"][:, 1:] == 256).any()

@@ -16,7 +16,7 @@ from billhook.engine.streaming import open_streamed
 from billhook.reports.publishing import publish
 from billhook.steps.lost import loss_of
 from billhook.steps.measure import measure_opened, open_to_measure
-from billhook.steps.prune import Request, prepare, run
+from billhook.steps.prune import PruneRequest, prepare, run
 from billhook.steps.prune import record as record_of
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import quiet
@@ -28,7 +28,7 @@ IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed
 
 def in_memory(source: Path, output: Path, **fields) -> Path:
     """What `prune` writes, made with the whole model in memory."""
-    job = prepare(Request(load_model(source, dtype=fields.pop("dtype", "auto")), **fields))
+    job = prepare(PruneRequest(load_model(source, dtype=fields.pop("dtype", "auto")), **fields))
     lost = loss_of(job.opened, job.request.drawing.held_out)
     options = {"criterion": job.request.criterion, "batches": job.opened.batches, "layers": job.opened.layers}
     results = prune_(job.opened.model, job.plan, **options, **job.method.options)
@@ -69,7 +69,7 @@ ALSO = [
 def test_every_family_gives_the_bytes_of_the_model_in_memory(source, criterion, tmp_path):
     fields = {"sparsity": 0.5, "criterion": criterion, "calibration": IDS, "batch_size": 2, "dtype": "bfloat16"}
     report = prune(source, output=tmp_path / "streamed", **fields)
-    assert prepare(Request(source, output=tmp_path / "other", **fields)).opened.resources.streamed
+    assert prepare(PruneRequest(source, output=tmp_path / "other", **fields)).opened.resources.streamed
     same(report.output, in_memory(source, tmp_path / "memory", **fields))
 
 
@@ -122,7 +122,7 @@ def test_masks_made_in_a_wider_type_are_the_same(llama, tmp_path):
 
 def test_streaming_measures_the_same_table(llama):
     metrics = ["alpha_peak", "stable_rank", "outlier_ratio:5", "block_loss:0.6"]
-    table = measure_opened(open_to_measure(Request(llama, calibration=IDS), metrics), metrics)
+    table = measure_opened(open_to_measure(PruneRequest(llama, calibration=IDS), metrics), metrics)
     expected = measure(load_model(llama), metrics, batches=list(IDS.split(6)))
     assert table.rows == expected.rows
 
@@ -155,7 +155,8 @@ def test_hidden_states_on_disk_are_those_put_there(limit, tmp_path):
 def test_results_do_not_depend_on_where_hidden_states_are(llama, criterion, tmp_path):
     fields = {"sparsity": 0.5, "calibration": IDS, "batch_size": 2, "criterion": criterion}
     one, other = (
-        run(prepare(Request(llama, output=tmp_path / f"{gib}", spill_gib=gib, **fields))).output for gib in (0.0, 8.0)
+        run(prepare(PruneRequest(llama, output=tmp_path / f"{gib}", spill_gib=gib, **fields))).output
+        for gib in (0.0, 8.0)
     )
     assert contents(one) == contents(other)
 

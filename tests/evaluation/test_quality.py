@@ -14,7 +14,8 @@ from billhook.engine.streaming import open_streamed
 from billhook.evaluation.quality import SCALE, VERDICTS, Reference, verdict
 from billhook.evaluation.scoring import NEXT_TOKEN
 from billhook.steps.lost import loss_of
-from billhook.steps.request import Request, open_request
+from billhook.steps.prune_job import PruneRequest
+from billhook.steps.request import open_request
 
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
 
@@ -80,7 +81,7 @@ def test_the_verdict_follows_from_the_divergence(kl: float | None, word: str) ->
 
 def test_without_held_out_rows_the_first_of_the_calibration_rows_are_scored() -> None:
     model = tiny.llama(num_hidden_layers=1)
-    opened = open_request(Request(model, sparsity=0.5, criterion="wanda", calibration=IDS), True, "A test")
+    opened = open_request(PruneRequest(model, sparsity=0.5, criterion="wanda", calibration=IDS), True, "A test")
     for windows in (2, 4):
         lost = loss_of(opened, windows)()
         expected = Reference.of(model, {"input_ids": IDS[:windows]}, NEXT_TOKEN, "tokens").compare(model)

@@ -21,7 +21,7 @@ from paths import DEMO
 from billhook.cli import app
 from billhook.errors import Interrupted
 from billhook.steps.prune import prepare, run
-from billhook.steps.request import Request
+from billhook.steps.prune_job import PruneRequest
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "16")
 SCORED = ("--data", "text.txt", "--length", "16", "--limit", "2")
@@ -150,7 +150,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done("gradients", "model", *TEXT, "-o", "gradients.safetensors")
     shutil.copyfile(tokens(place), "tokens.safetensors")
     with suppress(Interrupted):
-        run(prepare(Request("model", output="half", sparsity=0.5, criterion="magnitude")), stopping=lambda: True)
+        run(prepare(PruneRequest("model", output="half", sparsity=0.5, criterion="magnitude")), stopping=lambda: True)
     os.chdir(before)
     return place
 

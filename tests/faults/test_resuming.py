@@ -26,7 +26,7 @@ from billhook.architectures.layers import find_layers
 from billhook.errors import BillhookError
 from billhook.plan.spec import Pattern
 from billhook.plan.table import Row
-from billhook.steps.request import Request
+from billhook.steps.prune_job import PruneRequest
 from billhook.steps.state import STATE, finished_items, partial_folder
 from billhook.store.shards import read_shard
 from billhook.tasks.opening import load_model
@@ -144,7 +144,7 @@ def test_every_field_of_a_request_that_changes_the_result_must_be_the_same(sourc
     base |= {"calibration": IDS, "batch_size": 2, "output": tmp_path / "out"}
     stop_after(**{"blocks": 1, "source": source, **{key: base[key] for key in base if key != "model"}})
     others = changes(tmp_path, source)
-    assert others.keys() | SAME_RESULT == set(Request.__dataclass_fields__)
+    assert others.keys() | SAME_RESULT == set(PruneRequest.__dataclass_fields__)
     for key, change in others.items():
         with pytest.raises(BillhookError, match="cannot be continued: its "):
             pytest.fail(f"{key}: {prune(resume=True, **(base | change))}")

@@ -155,9 +155,9 @@ def test_two_runs_into_one_directory_do_not_mix(source, expected, tmp_path):
                 time.sleep(0.01)
             return False
 
-        from billhook.steps.prune import Request, prepare, run
+        from billhook.steps.prune import PruneRequest, prepare, run
 
-        run(prepare(Request(source, output=tmp_path / "out", **MAGNITUDE)), stopping=stopping)
+        run(prepare(PruneRequest(source, output=tmp_path / "out", **MAGNITUDE)), stopping=stopping)
 
     first = start(slow, tmp_path / "said")
     while not ready.exists():
@@ -175,14 +175,14 @@ def test_the_lock_of_a_dead_process_does_not_hold(source, expected, tmp_path):
     ready = tmp_path / "ready"
 
     def hang() -> None:
-        from billhook.steps.prune import Request, prepare, run
+        from billhook.steps.prune import PruneRequest, prepare, run
 
         def stopping() -> bool:
             ready.touch()
             time.sleep(60)
             return False
 
-        run(prepare(Request(source, output=tmp_path / "here/out", **MAGNITUDE)), stopping=stopping)
+        run(prepare(PruneRequest(source, output=tmp_path / "here/out", **MAGNITUDE)), stopping=stopping)
 
     (tmp_path / "here").mkdir()
     child = start(hang, tmp_path / "said")

@@ -23,7 +23,7 @@ from billhook.architectures.config import image_shape, named_tokens
 from billhook.cli.bench import draw
 from billhook.packed import bench_worker, benchmark
 from billhook.packed.bench_inputs import Run, random_inputs, runs_of
-from billhook.packed.benchmark import Cell, Side, Spread
+from billhook.packed.benchmark import Side, Speed, Spread
 
 BUILD = {
     "vit": lambda: vision_families.build("vit"),
@@ -201,12 +201,15 @@ def test_images_have_the_size_of_the_configuration(config: dict[str, Any], shape
 @pytest.mark.parametrize(
     ("cell", "title"),
     [
-        (Cell(2, 9, Spread(1, 1, 1), Spread(1, 1, 1), Spread(5, 5, 5), Spread(7, 7, 7)), "Tokens generated per second"),
-        (Cell(2, 9, Spread(1, 1, 1), prefill_speedup=Spread(7, 7, 7)), "Tokens read per second"),
-        (Cell(2, None, Spread(1, 1, 1), prefill_speedup=Spread(7, 7, 7)), "Images read per second"),
+        (
+            Speed(2, 9, Spread(1, 1, 1), Spread(1, 1, 1), Spread(5, 5, 5), Spread(7, 7, 7)),
+            "Tokens generated per second",
+        ),
+        (Speed(2, 9, Spread(1, 1, 1), prefill_speedup=Spread(7, 7, 7)), "Tokens read per second"),
+        (Speed(2, None, Spread(1, 1, 1), prefill_speedup=Spread(7, 7, 7)), "Images read per second"),
     ],
 )
-def test_the_picture_shows_what_is_measured(cell: Cell, title: str) -> None:
+def test_the_picture_shows_what_is_measured(cell: Speed, title: str) -> None:
     sides = [Side(f"{x}", True, x, 1, 1, 1.0, [cell]) for x in (0.5, 0.6)]
     drawn = draw(sides)
     assert drawn is not None

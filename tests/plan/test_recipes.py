@@ -15,7 +15,7 @@ from billhook.plan.plan import load_plan
 from billhook.plan.recipes import RECIPES, chosen, recipe
 from billhook.plan.table import Row, Table
 from billhook.racing.hyperparameters import OWL_GRID, configure
-from billhook.steps.request import Request
+from billhook.steps.prune_job import PruneRequest
 
 IDS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
 
@@ -57,7 +57,7 @@ def test_every_recipe_is_a_legal_configuration(name: str, table: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_recipe_without_a_sparsity_is_the_pair_of_its_name(name: str, parts: tuple[object, ...]) -> None:
-    found = Request("model", 0.5, recipe=name)
+    found = PruneRequest("model", 0.5, recipe=name)
     assert (found.criterion, found.allocator, found.options, found.refine) == parts
     assert found.followed == name
 
@@ -91,7 +91,7 @@ EPSILONS = {  # model and criterion: epsilon of AlphaPruning at 70 %, and at 75,
 def test_epsilons_are_the_published_ones(model: str) -> None:
     criterion = model.partition("/")[2] or "wanda"
     for per_cent, epsilon in zip((70, 75, 80, 85), EPSILONS[model], strict=False):
-        found = Request("model", recipe=f"alphapruning/{model}@{per_cent}")
+        found = PruneRequest("model", recipe=f"alphapruning/{model}@{per_cent}")
         assert found.options == ALPHAPRUNING | {"epsilon": epsilon}
         assert (found.criterion, found.sparsity) == (criterion, per_cent / 100)
 
@@ -111,7 +111,7 @@ def test_recipes_with_a_sparsity_are_those_that_were_published() -> None:
 
 def test_good_is_the_default_and_single_options_override() -> None:
     def parts(**given: object) -> tuple[object, ...]:
-        found = Request("model", 0.6, **given)  # type: ignore[arg-type]
+        found = PruneRequest("model", 0.6, **given)  # type: ignore[arg-type]
         return found.criterion, found.allocator, found.refine, found.followed
 
     assert parts() == ("admm", "auto", "none", "good")
@@ -120,29 +120,29 @@ def test_good_is_the_default_and_single_options_override() -> None:
     assert parts(allocator="owl") == ("admm", "owl", "none", None)
     assert parts(recipe="owl", criterion="sparsegpt") == ("sparsegpt", "owl", "none", None)
     assert parts(recipe="owl", options={"lam": 0.1})[-1] is None
-    assert Request("model", 0.6, recipe="owl", options={"lam": 0.1}).options == {"m": 5.0, "lam": 0.1}
-    assert Request("model", 0.6, recipe="owl@70").sparsity == 0.6
-    assert Request("model", 0.6, recipe="owl@70").followed is None
+    assert PruneRequest("model", 0.6, recipe="owl", options={"lam": 0.1}).options == {"m": 5.0, "lam": 0.1}
+    assert PruneRequest("model", 0.6, recipe="owl@70").sparsity == 0.6
+    assert PruneRequest("model", 0.6, recipe="owl@70").followed is None
 
 
 def test_a_criterion_without_a_recipe_is_used_with_the_uniform_allocation() -> None:
-    assert Request("model", 0.5, criterion="magnitude").allocator == "uniform"
-    assert Request("model", 0.5, criterion="wanda", allocator="owl").allocator == "owl"
+    assert PruneRequest("model", 0.5, criterion="magnitude").allocator == "uniform"
+    assert PruneRequest("model", 0.5, criterion="wanda", allocator="owl").allocator == "owl"
 
 
 def test_an_nm_pattern_is_uniform_and_an_allocation_by_recipe_is_refused() -> None:
     for name in ("good", "best", "fast", "sparsegpt"):
-        assert Request("model", pattern="2:4", recipe=name).allocator == "uniform"
-        assert Request("model", pattern="2:4", recipe=name).followed == name
+        assert PruneRequest("model", pattern="2:4", recipe=name).allocator == "uniform"
+        assert PruneRequest("model", pattern="2:4", recipe=name).followed == name
     with pytest.raises(BillhookError, match='an N:M pattern all the same: use recipe="wanda", or allocator="owl"'):
-        Request("model", pattern="2:4", recipe="owl")
-    assert Request("model", pattern="4:8", recipe="owl", allocator="owl").options == {"m": 5.0, "lam": 0.08}
+        PruneRequest("model", pattern="2:4", recipe="owl")
+    assert PruneRequest("model", pattern="4:8", recipe="owl", allocator="owl").options == {"m": 5.0, "lam": 0.08}
 
 
 def test_a_plan_takes_the_criterion_of_the_recipe_and_refuses_an_allocation(tmp_path: Path) -> None:
     assert chosen("best", "", "", "", planned=True).refine == "blocks"
     with pytest.raises(BillhookError, match="leave out the plan, or recipe owl"):
-        Request("model", recipe="owl", plan=tmp_path / "plan.json")
+        PruneRequest("model", recipe="owl", plan=tmp_path / "plan.json")
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:

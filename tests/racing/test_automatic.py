@@ -23,9 +23,10 @@ from billhook.plan.plan import Plan
 from billhook.plan.table import Row, Table
 from billhook.racing.automatic import ROUNDS, ErrorCurves, needs, schedule
 from billhook.racing.hyperparameters import COARSE, MIDPOINTS, Space
-from billhook.racing.race import Problem, Race
+from billhook.racing.race import AllocationProblem, Race
 from billhook.steps.prune import prepare
-from billhook.steps.request import Request, open_request
+from billhook.steps.prune_job import PruneRequest
+from billhook.steps.request import open_request
 from billhook.tasks import TASKS
 from billhook.trials.attribution import FLOOR
 from billhook.trials.heldout import split_samples
@@ -38,7 +39,7 @@ def text(windows: int = 16) -> torch.Tensor:
     return torch.randint(0, 258, (windows, 24), generator=torch.Generator().manual_seed(0))
 
 
-def divergence(plan: Plan, request: Request) -> float:
+def divergence(plan: Plan, request: PruneRequest) -> float:
     """On the held-out windows that the plan says it was tried on."""
     opened = open_request(request, True, "x")
     split = split_samples(opened.model, opened.samples, rows_of(opened.batches[0]), request.seed)
@@ -55,7 +56,7 @@ def divergence(plan: Plan, request: Request) -> float:
 def test_auto_is_exact_deterministic_and_not_worse_than_uniform(criterion: str) -> None:
     model = tiny.llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    request = Request(model, 0.6, criterion=criterion, allocator="auto", calibration=text())
+    request = PruneRequest(model, 0.6, criterion=criterion, allocator="auto", calibration=text())
     job, again = prepare(request), prepare(request)
     assert job.plan == again.plan
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -77,7 +78,7 @@ def test_auto_is_exact_deterministic_and_not_worse_than_uniform(criterion: str) 
 @pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
 def test_beta_is_chosen_in_a_few_trials_and_recorded(criterion: str) -> None:
     options = {"beta": "auto"}
-    request = Request(tiny.llama(), 0.6, criterion=criterion, allocator="atp", options=options, calibration=text())
+    request = PruneRequest(tiny.llama(), 0.6, criterion=criterion, allocator="atp", options=options, calibration=text())
     plan = prepare(request).plan
     racing = plan.made_by["racing"]
     assert 1 + len(COARSE) <= len(racing["tried"]) <= 1 + len(COARSE) + MIDPOINTS
@@ -110,7 +111,9 @@ def test_a_run_whose_allocation_was_raced_is_resumed_without_another_race(tmp_pa
 
 @pytest.mark.nightly
 def test_trials_have_the_options_that_are_given() -> None:
-    request = Request(tiny.llama(), 0.6, criterion="admm", allocator="auto", calibration=text(), options={"steps": 1})
+    request = PruneRequest(
+        tiny.llama(), 0.6, criterion="admm", allocator="auto", calibration=text(), options={"steps": 1}
+    )
     racing = prepare(request).plan.made_by["racing"]
     assert divergence(prepare(request).plan, request) == pytest.approx(racing["tried"][racing["best"]], rel=1e-5)
 
@@ -121,7 +124,7 @@ def test_the_share_of_a_layer_that_a_later_plan_hardly_prunes_is_the_one_measure
     truth = {f"layers.{block}": 3.0 if block == 0 else 0.1 for block in range(8)}
     curve = {"error_curve:wanda": tuple(curve_through(TRIED, [0.002, 0.02, 0.15, 0.6]))}
     table = Table(tuple(Row(n, i, "a", (64, 64), {}, curve) for i, n in enumerate(truth)), {})
-    curves = ErrorCurves(Problem(table, target), "wanda")
+    curves = ErrorCurves(AllocationProblem(table, target), "wanda")
     race = SimpleNamespace(plans={"uniform": curves.uniform, "curves": curves.optimum(truth)}, trials={})
     for name, plan in race.plans.items():
         relative = {layer: curves._error(layer, s) / curves._error(layer, MIDDLE) for layer, s in plan.sparsity.items()}
@@ -165,7 +168,7 @@ class MadeUpRunner:
 def test_rounds_end_where_they_do_not_help(losses: list[float], rounds: int, attributed: int) -> None:
     curve = {"error_curve:wanda": tuple(curve_through(TRIED, [0.002, 0.02, 0.15, 0.6]))}
     table = Table(tuple(Row(f"layers.{i}", i, "a", (64, 64), {}, curve) for i in range(4)), {})
-    runner, problem = MadeUpRunner(losses), Problem(table, 0.5)
+    runner, problem = MadeUpRunner(losses), AllocationProblem(table, 0.5)
     race = Race(runner)  # type: ignore[arg-type]
     race.run(lambda race: schedule(Space(("auto",), {}, 4, 0.5), problem, "wanda", race))
     assert len(race.trials) == 1 + rounds
@@ -194,7 +197,7 @@ def test_auto_in_a_comparison_is_what_prune_does(tmp_path: Path) -> None:
     save_file({"tokens": text()}, tmp_path / "text.safetensors")
     source, model = str(tmp_path / "text.safetensors"), tiny.save(tmp_path / "model")
     found = compare(model, Grid((0.6,), ("uniform", "auto"), ("wanda",)), source, calibration=source, length=24)
-    plan = prepare(Request(model, 0.6, criterion="wanda", allocator="auto", calibration=source)).plan
+    plan = prepare(PruneRequest(model, 0.6, criterion="wanda", allocator="auto", calibration=source)).plan
     rows = {row["allocator"]: row for row in found.cells}
     blocks = {
         str(b): sum(plan.sparsity[r.layer] * r.n for r in rs) / sum(r.n for r in rs) for b, rs in _rows(model).items()
@@ -208,11 +211,13 @@ def _rows(model: Path) -> dict:
 
 
 def test_auto_is_uniform_with_a_reason_where_text_is_short() -> None:
-    plan = prepare(Request(tiny.llama(), 0.6, criterion="wanda", allocator="auto", calibration=text(3))).plan
+    plan = prepare(PruneRequest(tiny.llama(), 0.6, criterion="wanda", allocator="auto", calibration=text(3))).plan
     assert set(plan.sparsity.values()) == {0.6}
     assert "too few to split" in plan.made_by["racing"]["reason"]
 
 
 def test_patterns_keep_their_groups() -> None:
-    plan = prepare(Request(tiny.llama(), pattern="4:8", criterion="wanda", allocator="auto", calibration=text(8))).plan
+    plan = prepare(
+        PruneRequest(tiny.llama(), pattern="4:8", criterion="wanda", allocator="auto", calibration=text(8))
+    ).plan
     assert all(round(8 * s) == pytest.approx(8 * s) for s in plan.sparsity.values())

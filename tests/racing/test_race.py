@@ -11,7 +11,7 @@ from billhook.plan.allocators import ALLOCATORS
 from billhook.plan.allocators.atp import largest_beta
 from billhook.plan.table import Row
 from billhook.racing.hyperparameters import COARSE, HYPERPARAMETERS, MIDPOINTS, Space
-from billhook.racing.race import Problem, Race, Trial, TrialBudget, paired_difference
+from billhook.racing.race import AllocationProblem, Race, Trial, TrialBudget, paired_difference
 from billhook.tasks import TASKS
 from billhook.trials.trials import Losses
 
@@ -26,7 +26,7 @@ def made_up_table(blocks: int) -> Table:
 
 
 def test_every_hyperparameter_is_an_option_with_a_legal_range():
-    problem = Problem(made_up_table(5), None)
+    problem = AllocationProblem(made_up_table(5), None)
     for name, known in HYPERPARAMETERS.items():
         assert known.name in ALLOCATORS.options(name)
         for target in (0.1, 0.5, 0.9):
@@ -60,7 +60,7 @@ class MadeUp:
 def raced(space: Space, loss: Any, budget: TrialBudget | None = None, windows: int = 16) -> Race:
     """A race over made-up losses, functions of the plan's options."""
     race = Race(MadeUp(lambda plan: loss(plan.made_by["allocator"], plan.made_by["options"]), windows))  # type: ignore[arg-type]
-    problem = Problem(made_up_table(space.blocks), space.target)
+    problem = AllocationProblem(made_up_table(space.blocks), space.target)
     race.run(lambda race: space.schedule(problem, race), budget)
     return race
 

@@ -9,7 +9,7 @@ from billhook.architectures.layers import find_layers
 from billhook.plan.spec import Pattern
 from billhook.racing.sparsities import LEVELS, menu
 from billhook.steps.prune import prepare
-from billhook.steps.request import Request
+from billhook.steps.prune_job import PruneRequest
 
 pytestmark = pytest.mark.gate
 IDS = torch.randint(0, 258, (16, 24), generator=torch.Generator().manual_seed(0))
@@ -28,7 +28,7 @@ def test_more_is_removed_where_it_costs_nothing():
     model = model_with_a_sparse_layer()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fields = {"allocator": "rco", "calibration": IDS, "options": {"steps": 20, "rate": 0.3, "windows": 2}}
-    job, again = (prepare(Request(model, 0.5, criterion="magnitude", **fields)) for _ in range(2))
+    job, again = (prepare(PruneRequest(model, 0.5, criterion="magnitude", **fields)) for _ in range(2))
     assert job.plan == again.plan
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     shapes = {layer.name: layer.shape for layer in job.opened.layers}
@@ -44,7 +44,7 @@ def test_more_is_removed_where_it_costs_nothing():
 def test_criteria_with_updates_and_gradients_within_n_of_m(criterion: str):
     options = {"steps": 2, "windows": 2}
     fields = {"allocator": "rco", "criterion": criterion, "calibration": IDS, "options": options}
-    plan = prepare(Request(tiny.llama(num_hidden_layers=2), pattern="4:8", **fields)).plan
+    plan = prepare(PruneRequest(tiny.llama(num_hidden_layers=2), pattern="4:8", **fields)).plan
     assert all(round(8 * s) == pytest.approx(8 * s) for s in plan.sparsity.values())
 
 
@@ -65,4 +65,4 @@ def test_what_has_no_model_or_nothing_to_search_says_so():
     with pytest.raises(BillhookError, match="prune --allocator rco"):
         search(tiny.llama(), 0.5, allocator="rco", calibration=IDS)
     with pytest.raises(BillhookError, match="rate"):
-        prepare(Request(tiny.llama(), 0.5, allocator="rco", calibration=IDS, options={"rat": 1}))
+        prepare(PruneRequest(tiny.llama(), 0.5, allocator="rco", calibration=IDS, options={"rat": 1}))

@@ -207,7 +207,7 @@ def test_layers_get_unlike_types_and_more_bytes_are_expected_to_lose_less(tmp_pa
     report = compress(source, tmp_path / "out", size="42KB", target="transformers", **FIELDS)
     plan = json.loads((report.quantized.output / "billhook.json").read_text())["steps"][-1]["plan"]
     assert len(set(plan["weights"].values())) > 1
-    assert report.outlook[1.1] < 1 < report.outlook.get(0.9, 2)
+    assert report.loss_by_size[1.1] < 1 < report.loss_by_size.get(0.9, 2)
     drawn = _front(report.quantized.output)["front"]
     assert "one type everywhere" in drawn
     assert "predicted KL divergence, nats a token" in drawn
@@ -263,7 +263,7 @@ def test_every_allocator_meets_the_size_and_says_how(tmp_path, source, allocator
     assert 40_000 <= report.quantized.size <= 42_000
     step = json.loads((report.quantized.output / "billhook.json").read_text())["steps"][-1]
     made_by = step["plan"]["made_by"]
-    assert report.outlook.get(1.1, 1) <= 1 <= report.outlook.get(0.9, 1)
+    assert report.loss_by_size.get(1.1, 1) <= 1 <= report.loss_by_size.get(0.9, 1)
     if allocator == "auto":
         assert {"uniform", "curves", "alphaq"} <= set(made_by["racing"]["tried"])
         assert made_by["racing"]["tried"][made_by["racing"]["best"]] <= made_by["racing"]["tried"]["uniform"]
@@ -283,7 +283,7 @@ def test_models_without_predictions_are_compressed_by_the_distance_of_their_embe
     fields = FIELDS | {"bits": 17, "target": "transformers", "calibration": inputs}
     report = compress(tmp_path / "model", tmp_path / "out", **fields)
     assert len(report.counts) > 1
-    assert report.outlook[1.1] < 1
+    assert report.loss_by_size[1.1] < 1
     assert verify(report.quantized.output).problems == []
 
 

@@ -71,6 +71,16 @@ def test_a_size_below_all_types_is_met_with_units(tmp_path, source):
     assert not list(tmp_path.glob("other*"))
 
 
+def test_a_stopped_run_is_not_continued_with_another_allocator(tmp_path, source):
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        prepare_units(request(source, tmp_path / "out", bits=3.1), stop)
+    with pytest.raises(BillhookError, match="cannot be continued: its allocator was 'curves', now it is 'auto'"):
+        prepare_units(request(source, tmp_path / "out", bits=3.1, allocator="auto", resume=True))
+
+
 @pytest.mark.nightly
 def test_a_stopped_run_goes_on_to_the_same_bytes_and_only_as_it_was_started(tmp_path):
     source, folder, place = saved(tmp_path / "model", 2), tmp_path / "whole", tmp_path / "stopped"

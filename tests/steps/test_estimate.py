@@ -21,7 +21,7 @@ from billhook.errors import Interrupted, JobError
 from billhook.methods.sparse import CRITERIA
 from billhook.steps.estimate import PROCESS, estimate, peak_bytes
 from billhook.steps.prune import decide, run
-from billhook.steps.request import Request
+from billhook.steps.prune_job import PruneRequest
 from billhook.steps.resolve import ResolvedRequest, check
 from billhook.steps.sample_run import estimate_time
 
@@ -37,7 +37,7 @@ import torch
 from billhook.demo import MODEL
 from billhook.steps.estimate import PROCESS, estimate
 from billhook.steps.prune import decide, run
-from billhook.steps.request import Request
+from billhook.steps.prune_job import PruneRequest
 from billhook.steps.resolve import check
 
 def status(name):
@@ -46,8 +46,8 @@ def status(name):
 torch.set_num_threads(1)
 model, output, fields = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 ids = torch.randint(0, 1000, (32, 256), generator=torch.Generator().manual_seed(0))
-run(decide(check(Request(MODEL, sparsity=0.5, criterion="wanda", calibration=ids[:2, :16]))))  # what is loaded once
-job = check(Request(model, sparsity=0.5, calibration=ids, output=output, **({"criterion": "wanda"} | fields)))
+run(decide(check(PruneRequest(MODEL, sparsity=0.5, criterion="wanda", calibration=ids[:2, :16]))))  # loaded once
+job = check(PruneRequest(model, sparsity=0.5, calibration=ids, output=output, **({"criterion": "wanda"} | fields)))
 held = sum(p.nbytes for p in job.opened.model.parameters() if not p.is_meta)
 before = status("VmRSS") - held
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
@@ -70,7 +70,7 @@ print(estimate_quantize(job).memory_gib, peak_gib())
 
 
 def checked(model, **fields) -> ResolvedRequest:
-    return check(Request(model, **({"sparsity": 0.5, "criterion": "wanda", "calibration": IDS} | fields)))
+    return check(PruneRequest(model, **({"sparsity": 0.5, "criterion": "wanda", "calibration": IDS} | fields)))
 
 
 @pytest.mark.nightly
@@ -198,7 +198,7 @@ def test_a_run_takes_the_measured_time(criterion, tmp_path, monkeypatch):
     """Within a factor of 3, in processor time, which other work on the machine changes less than the clock."""
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     text = {} if criterion == "magnitude" else {"calibration": "stdlib:train", "samples": 32, "length": 256}
-    job = check(Request(DEMO, sparsity=0.5, criterion=criterion, output=tmp_path / "out", **text))
+    job = check(PruneRequest(DEMO, sparsity=0.5, criterion=criterion, output=tmp_path / "out", **text))
     found = estimate_time(job).seconds
     begun = time.process_time()
     run(decide(job))
@@ -210,7 +210,7 @@ def test_a_run_takes_the_measured_time(criterion, tmp_path, monkeypatch):
 def test_a_dry_run_reads_the_model_one_block_at_a_time(tmp_path):
     """A model larger than the memory can be tried."""
     source = tiny.save(tmp_path / "model", tiny.llama())
-    job = check(Request(source, sparsity=0.5, criterion="magnitude"), dry_run=True)
+    job = check(PruneRequest(source, sparsity=0.5, criterion="magnitude"), dry_run=True)
     assert all(layer.module.weight.is_meta for layer in job.opened.layers)
 
 

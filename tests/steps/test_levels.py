@@ -7,11 +7,13 @@ from command import contents
 
 from billhook.errors import Interrupted
 from billhook.measurement import level_errors as module
-from billhook.steps import kept_levels, resolve
+from billhook.steps import request as requests
+from billhook.steps import saved_levels
 from billhook.steps.compress_units import compress
-from billhook.steps.kept_levels import KeptLevels, said_when_stopped
+from billhook.steps.inputs import ModelRequest
 from billhook.steps.levels import measure_levels
-from billhook.steps.request import Request, in_memory, open_request
+from billhook.steps.request import in_memory, open_request
+from billhook.steps.saved_levels import SavedLevels, resume_advice
 from billhook.steps.unfinished_folder import ended_early
 
 pytestmark = pytest.mark.gate
@@ -20,7 +22,7 @@ IDS = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
 
 def test_a_streamed_model_gives_the_same_errors_costs_and_losses_as_one_in_memory(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=3), dtype=torch.bfloat16, words=False)
-    request = Request(source, calibration=IDS, batch_size=4)
+    request = ModelRequest(source, calibration=IDS, batch_size=4)
     streamed = open_request(request, True, "This", streamed=True)
     whole = in_memory(streamed, request)
     assert streamed.resources.streamed
@@ -28,7 +30,7 @@ def test_a_streamed_model_gives_the_same_errors_costs_and_losses_as_one_in_memor
     outside = {"model.embed_tokens.weight": ["q8_0", "q5_0", "iq4_nl"]}
     menus = {layer.name: ["q8_0", "q4_0"] for layer in whole.layers}
     found = [
-        measure_levels(opened, menus, outside, torch.float16, KeptLevels(None, {})) for opened in (streamed, whole)
+        measure_levels(opened, menus, outside, torch.float16, SavedLevels(None, {})) for opened in (streamed, whole)
     ]
     assert found[0] == found[1]
     assert all(types["q4_0"] > types["q8_0"] > 0 for types in found[0].errors.values())
@@ -42,12 +44,12 @@ def test_a_streamed_model_gives_the_same_errors_costs_and_losses_as_one_in_memor
 def test_a_type_that_ruins_the_embeddings_does_not_change_what_larger_types_are_said_to_lose(tmp_path):
     model = tiny.llama(num_hidden_layers=1, tie_word_embeddings=False)
     model.get_output_embeddings().weight.data *= 10
-    request = Request(tiny.save(tmp_path / "model", model, words=False), calibration=IDS, batch_size=4)
+    request = ModelRequest(tiny.save(tmp_path / "model", model, words=False), calibration=IDS, batch_size=4)
     opened = open_request(request, True, "This", streamed=False)
     menus = {layer.name: ["q8_0"] for layer in opened.layers}
     types = ["q8_0", "q5_0", "iq4_nl", "int2/32"]
     found = [
-        measure_levels(opened, menus, {"lm_head.weight": menu}, torch.float16, KeptLevels(None, {})).losses
+        measure_levels(opened, menus, {"lm_head.weight": menu}, torch.float16, SavedLevels(None, {})).losses
         for menu in (types, types[:-1])
     ]
     with_smallest, without = (losses["lm_head.weight"] for losses in found)
@@ -70,7 +72,7 @@ def test_levels_of_another_version_of_the_package_are_measured_again(tmp_path, m
     with pytest.raises(Interrupted):
         compress(source, tmp_path / "out", progress=stop, **fields)
     measured.clear()
-    monkeypatch.setattr(resolve, "VERSION", resolve.VERSION if same else "0.0.1")
+    monkeypatch.setattr(requests, "VERSION", requests.VERSION if same else "0.0.1")
     compress(source, tmp_path / "out", **fields)
     assert len(measured) == (4 if same else 8)
 
@@ -108,14 +110,14 @@ def test_a_choice_that_is_killed_goes_on_with_what_was_measured_and_gives_the_sa
 
 
 def test_measurements_of_another_run_or_version_and_damaged_ones_are_not_used(tmp_path, monkeypatch):
-    KeptLevels(tmp_path / "x.partial", {"seed": 0}).keep(information={"layer": 1.0})
-    assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {"layer": 1.0}
-    assert KeptLevels(tmp_path / "x.partial", {"seed": 1}).found.information == {}
-    monkeypatch.setattr(kept_levels, "VERSION", kept_levels.VERSION + 1)
-    assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {}
+    SavedLevels(tmp_path / "x.partial", {"seed": 0}).keep(information={"layer": 1.0})
+    assert SavedLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {"layer": 1.0}
+    assert SavedLevels(tmp_path / "x.partial", {"seed": 1}).found.information == {}
+    monkeypatch.setattr(saved_levels, "VERSION", saved_levels.VERSION + 1)
+    assert SavedLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {}
     (tmp_path / "x.partial" / "billhook.levels.json").write_text('{"identity": {"seed": 0}, "errors": 3}')
-    assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.errors == {}
-    KeptLevels(tmp_path / "x.partial", {}).forget()
+    assert SavedLevels(tmp_path / "x.partial", {"seed": 0}).found.errors == {}
+    SavedLevels(tmp_path / "x.partial", {}).forget()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,7 +127,7 @@ def test_measurements_of_another_run_or_version_and_damaged_ones_are_not_used(tm
 def test_a_stop_is_known_by_its_kind_and_not_by_the_words_of_its_message(tmp_path, error):
     """What only holds these words is raised as it is."""
     ended = ended_early(error, 0, tmp_path / "out", f"Block 1 is finished and kept in {tmp_path}")
-    with pytest.raises(Interrupted) as raised, said_when_stopped(tmp_path, "start it again"):
+    with pytest.raises(Interrupted) as raised, resume_advice(tmp_path, "start it again"):
         raise ended
     stopped = isinstance(error, KeyboardInterrupt)
     assert raised.value.stopped == ended.stopped == stopped

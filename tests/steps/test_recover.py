@@ -114,11 +114,11 @@ def test_where_nothing_improves_the_input_comes_back(place, tmp_path):
 def test_no_rate_races_that_is_larger_than_a_harmful_one(place, tmp_path):
     fields = {"calibration": str(place / "text.txt"), "teacher": place / "model", **FEW}
     job = prepare(RecoverRequest(model=place / "pruned", output=tmp_path / "out", **fields))
-    before, start = job.problem.held_out(), training.values_of(job.problem.kept)
-    found = training.race(replace(job.problem, shares=(0.001, 0.01, 1e4, 2e4)), before)
+    before, start = job.setup.held_out(), training.values_of(job.setup.trained)
+    found = training.race(replace(job.setup, shares=(0.001, 0.01, 1e4, 2e4)), before)
     assert list(found) == [0.001, 0.01, 1e4]
     assert found[1e4] > before > found[0.01]
-    assert all(torch.equal(start[name], value) for name, value in training.values_of(job.problem.kept).items())
+    assert all(torch.equal(start[name], value) for name, value in training.values_of(job.setup.trained).items())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_its_best_state(place, tmp_path, monkeypatch):
@@ -282,7 +282,7 @@ def test_every_task(place, tmp_path, objective):
 def test_a_time_is_turned_into_tokens_once(place, tmp_path):
     fields = {**FEW, "calibration": str(place / "text.txt"), "tokens": None, "budget": "2s"}
     job = prepare(RecoverRequest(model=place / "pruned", output=tmp_path / "out", teacher=place / "model", **fields))
-    assert job.tokens == 128 * job.problem.steps
+    assert job.tokens == 128 * job.setup.steps
     report = run(job)
     record = json.loads((tmp_path / "out" / "billhook.json").read_text())["steps"][-1]["made_by"]
     assert (record["tokens"], record["budget"]) == (report.tokens, "2s") == (128 * report.state.steps, "2s")
@@ -295,7 +295,7 @@ def test_norms_keep_the_dtype_of_their_own_tensors_and_a_recipe_can_be_followed_
     (mixed / "billhook.json").unlink()
     fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
     job = prepare(RecoverRequest(model=mixed, output=tmp_path / "out", recipe="atp-lora", tune="kept+norms", **fields))
-    assert {(kept.parameter.ndim, kept.stored) for kept in job.problem.kept} == {
+    assert {(kept.parameter.ndim, kept.stored) for kept in job.setup.trained} == {
         (1, torch.float32),
         (2, torch.bfloat16),
     }
@@ -378,9 +378,9 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing_and_the_teacher_stays_the_
 
 
 def test_weights_that_become_zero_are_noted_so_that_the_plan_of_pruning_still_holds(place, tmp_path, monkeypatch):
-    def underflowing(problem, *args, **options):
-        done = training.train_(problem, *args, **options)
-        kept = next(k for k in problem.kept if k.name.endswith("up_proj.weight"))
+    def underflowing(setup, *args, **options):
+        done = training.train_(setup, *args, **options)
+        kept = next(k for k in setup.trained if k.name.endswith("up_proj.weight"))
         kept.restore_(kept.values().index_fill(0, torch.arange(5), 0.0))
         return done
 
@@ -406,7 +406,7 @@ def test_a_streamed_teacher_and_gradient_checkpointing_change_no_bit(place, bett
 
 
 def test_too_little_memory_is_said_before_anything_is_written(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.steps.recover_problem.free_gib", lambda device: 1e-6)
+    monkeypatch.setattr("billhook.steps.recover_setup.free_gib", lambda device: 1e-6)
     with pytest.raises(JobError, match="GiB beside the models, and"):
         recover(place / "pruned", tmp_path / "out", calibration=str(place / "text.txt"), **FEW)
     assert not list(tmp_path.iterdir())

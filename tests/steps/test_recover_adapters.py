@@ -104,7 +104,7 @@ def test_beside_quantized_weights_an_adapter_is_an_ordinary_one(place: Path, tmp
 @pytest.mark.nightly
 def test_a_stopped_run_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(training, "MEASURED", (2, 2))
-    monkeypatch.setattr("billhook.steps.recover_problem.RATES", (0.003, 0.01))
+    monkeypatch.setattr("billhook.steps.recover_setup.RATES", (0.003, 0.01))
     about = fields(place, rate=None)
     whole = recover(place / "bfloat16", tmp_path / "whole", teacher=place / "dense-bfloat16", **about)
     request = RecoverRequest(
@@ -139,9 +139,9 @@ def test_a_published_recipe_trains_query_and_value_in_one_pass(place: Path, tmp_
     )
     assert (request.tune, request.rank, request.objective, request.rate) == ("adapters", 8, "text", 1e-4)
     job = prepare(request)
-    windows = len(job.problem.batch["input_ids"])
-    assert job.problem.steps == windows // 16
-    assert [job.problem.falling(step) for step in (0, 4)] == [0.2, 1.0]
+    windows = len(job.setup.batch["input_ids"])
+    assert job.setup.steps == windows // 16
+    assert [job.setup.falling(step) for step in (0, 4)] == [0.2, 1.0]
     run(job)
     before, after = weights(place / "float32"), weights(tmp_path / "out")
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
@@ -151,7 +151,7 @@ def test_a_published_recipe_trains_query_and_value_in_one_pass(place: Path, tmp_
 def test_parts_of_a_step_add_up(place: Path, tmp_path: Path, monkeypatch) -> None:
     found = []
     for together in (2048, 32):
-        monkeypatch.setattr("billhook.steps.recover_problem.TOGETHER", together)
+        monkeypatch.setattr("billhook.steps.recover_setup.TOGETHER", together)
         about = fields(place, objective="kl", tokens=128)
         recover(place / "float32", tmp_path / str(together), **about)
         found.append(weights(tmp_path / str(together)))

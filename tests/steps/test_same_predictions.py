@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from billhook.engine.streaming import open_streamed
 from billhook.errors import JobError
-from billhook.steps.request import Opened, Request, draw_text, open_model
+from billhook.steps.inputs import ModelRequest
+from billhook.steps.request import Opened, draw_text, open_model
 from billhook.steps.same_predictions import check_same_predictions
 
 pytestmark = pytest.mark.gate
@@ -22,7 +23,7 @@ def small(folder: Path, channel: float | None = None) -> Opened:
     if channel is not None:
         model.model.embed_tokens.weight.data[:, 0] = channel
     source = tiny.save(folder / "model", model, words=False)
-    request = Request(source, calibration=IDS)
+    request = ModelRequest(source, calibration=IDS)
     return draw_text(open_model(request, streamed=False), request)
 
 

@@ -10,7 +10,8 @@ from billhook.engine.removal import Removal
 from billhook.errors import BillhookError
 from billhook.methods.structured import STRUCTURED
 from billhook.plan.plan import Budget, Plan
-from billhook.steps.request import Request, in_memory, open_request
+from billhook.steps.inputs import ModelRequest
+from billhook.steps.request import in_memory, open_request
 from billhook.steps.slim import SlimRequest, prepare, slim
 from billhook.steps.slim_allocation import UnitAllocation
 from billhook.steps.slim_choice import choose_plan
@@ -25,8 +26,8 @@ def test_the_winner_has_the_least_divergence_and_the_model_is_as_before(tmp_path
     model = families.build(family, seed=1)
     model.save_pretrained(tmp_path / "model")
     request = SlimRequest(tmp_path / "model", tmp_path / "out", 0.25, calibration=IDS)
-    opened = open_request(Request(tmp_path / "model", calibration=IDS), True, "the test", streamed=False)
-    opened = in_memory(opened, request.opening())
+    opened = open_request(ModelRequest(tmp_path / "model", calibration=IDS), True, "the test", streamed=False)
+    opened = in_memory(opened, request.model_request())
     removal = Removal("obs", STRUCTURED.configure("obs", {}))
     uniform = UnitAllocation("uniform", {}, "uniform")
 

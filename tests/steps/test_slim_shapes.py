@@ -15,7 +15,8 @@ from billhook.engine.batch import rows_of
 from billhook.errors import BillhookError
 from billhook.plan.plan import Budget, Plan
 from billhook.plan.unit_counts import quantum
-from billhook.steps.request import Request, open_request
+from billhook.steps.inputs import ModelRequest
+from billhook.steps.request import open_request
 from billhook.steps.slim import SlimRequest, prepare, slim
 from billhook.steps.verify import verify
 from billhook.trials.heldout import split_samples
@@ -113,7 +114,7 @@ def test_auto_is_not_worse_than_uniform_on_held_out_windows(tmp_path, shape):
         assert len({(n.rpartition(":")[2], count) for n, count in plan.units.items()}) == 2
     racing = plan.made_by["racing"]
     assert racing["tried"][racing["best"]] == min(racing["tried"].values()) <= racing["tried"]["uniform"]
-    opened = open_request(Request(source, calibration=IDS, dtype="float32"), True, "the test", streamed=False)
+    opened = open_request(ModelRequest(source, calibration=IDS, dtype="float32"), True, "the test", streamed=False)
     split = split_samples(opened.model, opened.samples, rows_of(opened.batches[0]), 0)
     assert racing["heldout"] == split.facts["heldout"]
     units, removal = find_units(opened.model, ["channels", "heads"]), job.removal

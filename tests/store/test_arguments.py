@@ -12,13 +12,14 @@ import billhook
 from billhook import BillhookError
 from billhook.steps.compress import CompressRequest
 from billhook.steps.evaluate import EvalConfig
+from billhook.steps.inputs import UNCHECKED
+from billhook.steps.prune_job import PruneRequest
 from billhook.steps.quantize_job import QuantizeRequest
 from billhook.steps.recover_job import RecoverRequest
-from billhook.steps.request import UNCHECKED, Request
 from billhook.steps.slim_job import SlimRequest
 
 NEEDED: dict[type, dict[str, Any]] = {
-    Request: {"model": "m"},
+    PruneRequest: {"model": "m"},
     QuantizeRequest: {"model": "m", "type": "q4_k", "output": "o"},
     CompressRequest: {"model": "m", "output": "o"},
     SlimRequest: {"model": "m", "output": "o"},
@@ -54,16 +55,16 @@ def test_every_field_of_a_request_is_checked(kind):
 )
 def test_what_is_said(changes, message):
     with pytest.raises(BillhookError, match=message):
-        Request("m", **changes)
+        PruneRequest("m", **changes)
 
 
 def test_numbers_of_numpy_and_paths_are_accepted():
-    Request("m", samples=np.int64(4), sparsity=np.float32(0.5), spill_gib=1, output=Path("o"), targets=("a", "b"))
+    PruneRequest("m", samples=np.int64(4), sparsity=np.float32(0.5), spill_gib=1, output=Path("o"), targets=("a", "b"))
 
 
 def test_equivalents_of_torch_numpy_and_python_take_the_annotated_form():
     given = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "overwrite": np.True_, "targets": {"b", "a"}}
-    found = Request("m", ignore=np.array(["c"]), **given)
+    found = PruneRequest("m", ignore=np.array(["c"]), **given)
     assert (found.dtype, found.device, found.overwrite) == ("bfloat16", "cpu", True)
     assert (found.targets, found.ignore) == (["a", "b"], ["c"])
     EvalConfig(data="t", against=Path("m"), tasks={Path("t.jsonl")})

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImagePr
 
 from billhook import BillhookError, load_model, prune, verify
 from billhook.engine.batch import LABELS, Ragged, rows_of, select_rows, split_rows
-from billhook.recovery.kept_adam import KeptAdam
+from billhook.recovery.masked_adam import MaskedAdam
 from billhook.recovery.training import steps_
 from billhook.steps.recover import RecoverRequest, prepare, run
 from billhook.tasks.base import Drawing, Home
@@ -136,19 +136,19 @@ def test_recovery_learns_from_rows_of_different_lengths_without_padding(place, t
 
     def objective(student, teacher, batch):
         seen.append(batch)
-        return job.problem.objective(student, teacher, batch)
+        return job.setup.objective(student, teacher, batch)
 
-    adam = KeptAdam(job.problem.kept)
-    assert len(list(steps_(replace(job.problem, objective=objective, steps=2), adam, 1e-6))) == 2
+    adam = MaskedAdam(job.setup.trained)
+    assert len(list(steps_(replace(job.setup, objective=objective, steps=2), adam, 1e-6))) == 2
     adam.close()
     assert sum(map(rows_of, seen)) == 6
     assert len({batch["input_ids"].shape[1] for batch in seen}) > 1
     assert all(bool(batch["attention_mask"].all()) and int((batch[LABELS] == -100).sum()) for batch in seen)
     assert run(job).loss.unit == "answer"
     assert verify(tmp_path / "out").ok
-    trained = {kept.name.partition(".layers.")[0] for kept in job.problem.kept}
+    trained = {kept.name.partition(".layers.")[0] for kept in job.setup.trained}
     assert not any("vision" in name or "projector" in name for name in trained), trained
-    assert any("norm" in kept.name for kept in job.problem.kept)
+    assert any("norm" in kept.name for kept in job.setup.trained)
 
 
 @pytest.mark.parametrize(

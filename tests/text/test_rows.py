@@ -9,7 +9,8 @@ from documents import jsonl, texts
 
 from billhook.errors import BillhookError
 from billhook.evaluation.items import load_items
-from billhook.steps.request import Request, check_text_given
+from billhook.steps.prune_job import PruneRequest
+from billhook.steps.request import check_text_given
 from billhook.text.chat import chat_of
 from billhook.text.corpus import documents
 from billhook.text.given import given
@@ -229,7 +230,7 @@ def test_an_empty_name_is_said_to_be_empty():
     with pytest.raises(BillhookError, match="name of the text source is empty"):
         documents("", "evaluation", True)
     with pytest.raises(BillhookError, match="calibration gives is empty"):
-        check_text_given(Request(model="m", calibration=""), True, "wanda")
+        check_text_given(PruneRequest(model="m", calibration=""), True, "wanda")
 
 
 @pytest.mark.gate

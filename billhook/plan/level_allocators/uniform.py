@@ -1,4 +1,4 @@
-"""Uniform for levels: the same type for every tensor, as near as the budget and the menus allow.
+"""Uniform for levels: the same type for every tensor, as near as the budget and the types it can have allow.
 
     v_l = the largest type of at most b bits,   b as large as the budget allows
 

@@ -21,12 +21,12 @@ from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.adapters import RATES, factors
 from billhook.recovery.blockwise import tunable
-from billhook.recovery.kept_adam import KeptAdam
+from billhook.recovery.masked_adam import MaskedAdam
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.outputs import predictor
 from billhook.recovery.sharding import kept_shards, sharded
 from billhook.recovery.trained import Kept, Trained, give_, values_of
-from billhook.recovery.training import Problem, held_out_loss, steps_
+from billhook.recovery.training import TrainingSetup, held_out_loss, steps_
 from billhook.steps.recover_job import TOKENS, RecoverRequest
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, listed
@@ -168,10 +168,10 @@ def matched_blocks(history: Record | None, student: int, teacher: int) -> list[i
     return [block - 1 for block in order[1:]] + [teacher - 1]
 
 
-def make_problem(
+def make_setup(
     request: RecoverRequest, opened: Opened, source: Source, teacher: PreTrainedModel | None, windows: Windows
-) -> Problem:
-    """The problem of a request, with one step; its objective is configured and fits both models."""
+) -> TrainingSetup:
+    """The setup of a request, with one step; its objective is configured and fits both models."""
     name = request.objective
     options = OBJECTIVES.configure(name, request.options)
     needs, model, task = OBJECTIVES.needs(name, options), opened.model, opened.task
@@ -197,15 +197,15 @@ def make_problem(
         model, teacher = sharded(model, device), None if teacher is None else sharded(teacher, device)
         kept = [*kept_shards([k for k in kept if isinstance(k, Kept)], model)]
     write = (lambda number, seed: write_windows(model, number, length, seed=seed, prefix=prefix)) if written else None
-    problem = Problem(
-        model=model, kept=kept, batch=windows.samples.batch, rows=windows.rows, steps=1,
+    setup = TrainingSetup(
+        model=model, trained=kept, batch=windows.samples.batch, rows=windows.rows, steps=1,
         objective=functools.partial(OBJECTIVES.get(name), **options),
         student=predictor(model, task, range(count) if inside else None),
         teacher=None if teacher is None else predictor(teacher, task, matched if inside else None, gradients=False),
         held_out=held_out_loss(model, teacher if "teacher" in needs else None, windows.chosen_on, task),
         write=write, seed=request.seed, warm=WARM if request.recipe else None, together=max(1, TOGETHER // length),
     )  # fmt: skip
-    return replace(problem, shares=RATES) if request.tune == "adapters" else problem
+    return replace(setup, shares=RATES) if request.tune == "adapters" else setup
 
 
 def stored_in(opened: Opened) -> torch.dtype:
@@ -214,30 +214,30 @@ def stored_in(opened: Opened) -> torch.dtype:
     return found or opened.model.dtype
 
 
-def steps_in(problem: Problem, seconds: float, racing: bool) -> int:
+def steps_in(setup: TrainingSetup, seconds: float, racing: bool) -> int:
     """The number of steps, with races and measurements, that fit in a time, from the time of a few steps."""
-    start, begun = values_of(problem.kept), time.perf_counter()
-    problem.held_out()
+    start, begun = values_of(setup.trained), time.perf_counter()
+    setup.held_out()
     measuring = time.perf_counter() - begun
-    adam, times = KeptAdam(problem.kept), [time.perf_counter()]
-    for _ in steps_(replace(problem, steps=_TIMED), adam, min(problem.shares)):
+    adam, times = MaskedAdam(setup.trained), [time.perf_counter()]
+    for _ in steps_(replace(setup, steps=_TIMED), adam, min(setup.shares)):
         times.append(time.perf_counter())
     adam.close()
-    give_(problem.kept, start)
+    give_(setup.trained, start)
     step, steps = min(after - before for before, after in pairwise(times)), 1
     for power in range(30, -1, -1):  # the largest number, digit by digit
         more = steps + 2**power
-        whole = replace(problem, steps=more)
-        races = len(problem.shares) * (whole.race_steps * step + measuring) if racing else 0.0
+        whole = replace(setup, steps=more)
+        races = len(setup.shares) * (whole.race_steps * step + measuring) if racing else 0.0
         if races + more * step + (more / whole.measured_every + 2) * measuring <= seconds:
             steps = more
     return steps
 
 
-def state_bytes(problem: Problem) -> int:
+def state_bytes(setup: TrainingSetup) -> int:
     """The most bytes of the files with the state of a run: weights, two moments, and the best weights."""
-    count = sum(k.count for k in problem.kept)
-    return 16 * (sum(gather(count)) if problem.sharded else count)
+    count = sum(k.count for k in setup.trained)
+    return 16 * (sum(gather(count)) if setup.sharded else count)
 
 
 def teacher_fits(path: Path, opened: Opened) -> bool:
@@ -250,21 +250,21 @@ def teacher_fits(path: Path, opened: Opened) -> bool:
     return bool(teacher + 28 * kept <= free * 2**30)
 
 
-def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
+def check_memory(setup: TrainingSetup, teacher: PreTrainedModel | None) -> str:
     """A sentence about the memory of the run; raises JobError where it is not there.
 
     Beside the models: the positions of the trained numbers, for each of them 16 bytes of the optimizer and its values
     before and at best, and the largest gradient. Where there are adapters, autograd keeps the merged weights and their
     masks.
     """
-    largest, kept = max(local(k.parameter).numel() for k in problem.kept), sum(k.count for k in problem.kept)
-    itemsize = problem.model.dtype.itemsize
-    states = sum(k.held for k in problem.kept) + 24 * kept + itemsize * largest
-    adapted = sum(p.numel() for name, p in problem.model.named_parameters() if name.endswith(".base_layer.weight"))
+    largest, kept = max(local(k.parameter).numel() for k in setup.trained), sum(k.count for k in setup.trained)
+    itemsize = setup.model.dtype.itemsize
+    states = sum(k.held for k in setup.trained) + 24 * kept + itemsize * largest
+    adapted = sum(p.numel() for name, p in setup.model.named_parameters() if name.endswith(".base_layer.weight"))
     states += (itemsize + 1) * adapted
-    both = [p for m in (problem.model, teacher) if m is not None for p in m.parameters()]
-    models = itemsize * sum(p.numel() for p in both if not p.is_meta) // (world() if problem.sharded else 1)
-    free = free_gib(str(problem.model.device))
+    both = [p for m in (setup.model, teacher) if m is not None for p in m.parameters()]
+    models = itemsize * sum(p.numel() for p in both if not p.is_meta) // (world() if setup.sharded else 1)
+    free = free_gib(str(setup.model.device))
     if free is not None and states / 2**30 > free:
         raise JobError(
             f"Training {kept:,} numbers needs {states / 2**30:.2f} GiB beside the models, and {free:.2f} GiB are free: "

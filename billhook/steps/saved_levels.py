@@ -23,14 +23,14 @@ VERSION = 2  # of the measurements: raised when a number is measured in another 
 
 
 @contextmanager
-def said_when_stopped(kept: Path, again: str) -> Iterator[None]:
-    """Say at Ctrl-C that the file or folder `kept` is there, if it is, and with what command a run uses it `again`."""
+def resume_advice(saved: Path, again: str) -> Iterator[None]:
+    """Say at Ctrl-C that the file or folder `saved` is there, if it is, and with what command a run uses it `again`."""
     try:
         yield
     except (KeyboardInterrupt, Interrupted) as stopped:
-        if not kept.exists() or (isinstance(stopped, Interrupted) and not stopped.stopped):
+        if not saved.exists() or (isinstance(stopped, Interrupted) and not stopped.stopped):
             raise
-        what = f"Stopped. What is finished is kept in {kept}: {again}."
+        what = f"Stopped. What is finished is kept in {saved}: {again}."
         raise Interrupted(what, stopped=True, advised=True) from None
 
 
@@ -46,7 +46,7 @@ class Measurements:
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-class KeptLevels:
+class SavedLevels:
     """The measurements in a folder, which is created for the first ones (None: they are kept nowhere)."""
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:

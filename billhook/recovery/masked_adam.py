@@ -21,7 +21,7 @@ CLIP = 1.0  # largest norm of the gradient
 BETAS = (0.8, 0.95)  # less momentum than usual, as runs have few steps
 
 
-class KeptAdam:
+class MaskedAdam:
     """The optimizer; it collects gradients until `close` is called. Sizes are those of the numbers as they are now.
 
     The norm of all gradients together is at most `clip` in a step. The parameters require gradients already. Where they
