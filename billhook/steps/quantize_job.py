@@ -156,6 +156,8 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
     known = {} if before is None else before.layers
     every = find_layers(opened.model, convolutions=True, outside=True)
     layers = left_alone(known, {layer.name: layer for layer in every})
+    for name, facts in layers.items() if job.ggml else ():  # which are in no file where zeros are counted again
+        facts["zeros"] = known[name]["zeros"]
     for r in results:
         facts = {key: value for key, value in known.get(r.layer, {}).items() if key == "sparsity"}
         notes = [*r.notes, *refilled_notes(r.refilled, known.get(r.layer))]
