@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import bert
 import gguf_families
@@ -23,6 +24,7 @@ from billhook.steps.compress_units import compress
 from billhook.steps.like import like_types
 from billhook.steps.quantize import quantize
 from billhook.steps.sizes import Size, _near, allowed_types
+from billhook.steps.types import file_bytes
 from billhook.steps.verify import verify
 from billhook.store.gguf_file import read_gguf
 
@@ -325,6 +327,19 @@ def test_the_types_of_another_file_are_taken_tensor_by_tensor(tmp_path, source):
     ):
         with pytest.raises(BillhookError, match=match):
             compress(model, tmp_path / "again", allocator=f"like:{file}", **fields, **FIELDS)
+
+
+def test_the_headers_of_all_parts_of_a_split_file_count(tmp_path, source):
+    """The more bits, the more parts: one byte less than the largest types take is not met by them."""
+
+    def written(**size: Any) -> int:
+        fields = {"types": ["q4_0", "q8_0"], "split_size": 6000, "allocator": "uniform", **size, **FIELDS}
+        checked = check(CompressRequest.given(model=source, output=tmp_path / "out", **fields))
+        types = {name: grid.name for name, grid in decide(checked).quantizing.grids.items()}
+        return file_bytes(checked.opened, types, "gptq", checked.request.gguf_form)
+
+    most = written(bits=16.0)
+    assert written(size=most - 1) < most
 
 
 def test_defaults_may_be_missing_in_the_configuration_of_a_model_that_takes_the_types_of_another_file(tmp_path):
