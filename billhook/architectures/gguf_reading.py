@@ -50,10 +50,7 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if type(config.get(name)) is not int or not 0 < config[name] < 1 << 24:
             raise BillhookError(f"{file.path} has no {name} in its metadata.")
-    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
-    if len(blocks) != config["num_hidden_layers"]:
-        found = f"has {len(blocks)} blocks, and {config['num_hidden_layers']} in its metadata"
-        raise BillhookError(f"{file.path} {found}: download it again.")
+    _check_counts(file, config["num_hidden_layers"], own.get("expert_count") or 0)
     if "token_embd.weight" not in file.tensors:
         raise BillhookError(f"{file.path} has no token_embd.weight.")
     biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
@@ -64,6 +61,16 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     config |= {name: own.get(f"tokenizer.ggml.{key}_token_id") for name, key in tokens.items()}
     config |= _attention(FAMILIES[kind], config, own, file)
     return config | {key: FAMILIES[kind].computed(key, config) for key in FAMILIES[kind].assumed}
+
+
+def _check_counts(file: GgufFile, blocks: int, experts: Any) -> None:
+    """Raise BillhookError unless the tensors are of so many blocks and experts, before a model of them is made."""
+    numbers = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    stacked = sorted({entry.shape[0] for name, entry in file.tensors.items() if "_exps." in name})
+    for what, found, wanted in (("blocks", [len(numbers)], blocks), ("experts", stacked or [0], experts)):
+        if found != [wanted]:
+            has = f"has {', '.join(map(str, found))} {what}, and {wanted!r:.20} in its metadata"
+            raise BillhookError(f"{file.path} {has}: download it again.")
 
 
 def _plain(value: Any, key: str, file: GgufFile) -> Any:
@@ -117,11 +124,12 @@ def _attention(family: Family, config: Mapping[str, Any], own: Mapping[str, Any]
 def _llama3(file: GgufFile, rope: Mapping[str, Any], width: int) -> dict[str, Any]:
     """The scaling of which the file has the factors; raises BillhookError for factors of another kind."""
     factors = torch.from_numpy(file.values(file.tensors["rope_freqs.weight"]).copy())
-    for power in range(5, 21):
+    fits = factors.shape == (-(-width // 2),)  # before anything as wide as the metadata say is made
+    for power in range(5, 21) if fits else ():
         scaling = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
         scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 1 << power}
         expected = llama3_factors({**rope, **scaling}, width)
-        if expected.shape == factors.shape and torch.allclose(expected, factors, rtol=1e-5):
+        if torch.allclose(expected, factors, rtol=1e-5):
             return scaling
     raise BillhookError(f"{file.path} scales its rotary embedding in a way that transformers does not know.")
 

@@ -26,17 +26,20 @@ from billhook.store.shards import SINGLE, weight_files
 _VERSION = 1  # of what a file is converted to
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, output: Path | None = None) -> Path:
     """The directory of `model`: an existing directory, the cached one of a GGUF file (or of a directory whose only
     weights are one), or the hub's cache, to which a hub name (`owner/name`) is downloaded.
 
-    Raises BillhookError where there is no such model, and for a GGUF file that is damaged or of an unknown kind.
+    Raises BillhookError where there is no such model, for a GGUF file that is damaged or of an unknown kind, and for
+    one that the directory `output` would replace.
     """
     path = Path(model).expanduser()
     if path.is_dir() and (inside := gguf_inside(path)) is not None and not weight_files(path):
         path = inside
     if path.suffix != ".gguf" or path.is_dir():
         return checkpoint.resolve(model)
+    if output is not None:
+        check_output(output, path, overwrite=True)
     file = read_gguf(path)
     _note_rounded(path.absolute(), str(path))
     folder = cache_folder()

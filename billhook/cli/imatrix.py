@@ -22,11 +22,12 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Measure the squared inputs of each weight, and write them for llama-quantize --imatrix."""
+    from billhook.steps.export import gguf_files
     from billhook.steps.imatrix import make_imatrix, open_for_imatrix
     from billhook.steps.inputs import ModelRequest
     from billhook.store.files import check_new_file
 
-    check_new_file(output)
+    check_new_file(output, *gguf_files(model))
     opened = open_for_imatrix(ModelRequest(model=model, output=None, **vars(text), **work.fields(model)))
     layers = opened.layers
     with progress("measuring", len(layers), unit=layers_per_block(layers)) as advance:

@@ -148,13 +148,16 @@ class Loading:
         `streams` says whether the command can read a model that does not fit in memory one block at a time.
         """
         from billhook.architectures.sources import resolve
+        from billhook.store.checkpoint import is_compressed
         from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib, stored_dtype
+        from billhook.store.model_config import model_config
 
         path, device = resolve(model), chosen_device(self.device)
         dtype, stored = chosen_dtype(self.dtype, device, path), stored_dtype(path)
         weights = "" if stored is None else f"; the weights of {path.resolve().name} are {dtype_name(stored)}"
         say(f"Computing on {device} in {dtype_name(dtype)}{weights}.")
-        if (lacking := lacking_gib(path, dtype, device)) is not None:
+        lacking = lacking_gib(path, dtype, device)
+        if lacking is not None and not (streams and is_compressed(model_config(path))):  # those are refused
             then = "they are read one block at a time" if streams else "use --dtype bfloat16 or free some memory"
             say(f"The weights need {lacking[0]:.1f} GiB and {lacking[1]:.1f} GiB are free: {then}.")
         return {**vars(self), "device": device, "dtype": dtype_name(dtype)}

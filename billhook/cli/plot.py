@@ -51,6 +51,10 @@ def command(
     table_file, layers = _subject(subject, layers or [], drawn=model is not None or bool(masks))
     if plans and table_file is None:
         raise BillhookError("A plan is drawn by depth and kind of layer: give the TABLE from which it was made, too.")
+    if (plans or metrics) and table_file is not None and table_file.is_dir():
+        raise BillhookError(f"--plan and --metric belong to a TABLE of billhook measure, and {table_file} is none.")
+    if layers and model is None and not masks:
+        raise BillhookError(f"Say of what {layers[0]} is to be drawn: --model MODEL, or --mask DIR.")
     if table_file is None and model is None and not masks:
         raise BillhookError("Say what to draw: a TABLE, --model MODEL LAYER, or --mask DIR LAYER.")
     if (model is not None or masks) and not layers:

@@ -1,5 +1,6 @@
 """Sizes in bytes as people write them."""
 
+import math
 import re
 
 from billhook.errors import BillhookError
@@ -12,6 +13,6 @@ def parse_size(size: str | int) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", str(size).strip(), re.IGNORECASE)
     unit = found[2].upper() if found else "?"
     unit += "B" if unit in ("K", "M", "G", "KI", "MI", "GI") else ""
-    if found is None or unit not in _UNITS or float(found[1]) <= 0:
+    if found is None or unit not in _UNITS or not 0 < float(found[1]) < math.inf:
         raise BillhookError(f"The size {size!r:.40} is not a number of bytes, such as 2.5GB, 800MB or 2GiB.")
     return int(float(found[1]) * _UNITS[unit])

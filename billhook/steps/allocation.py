@@ -79,6 +79,11 @@ class Allocation:
         return Path(self.name[len(LIKE) :]).expanduser() if self.name.startswith(LIKE) else None
 
     @property
+    def published(self) -> str:
+        """Its name, with that of a file but not its folder."""
+        return self.name if self.file is None else f"{LIKE}{self.file.name}"
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """What is measured for it."""
         registry = _registry(self.name)
@@ -171,13 +176,20 @@ def choose(
 def _unspent(levels: Levels, plan: Plan, fixed: int) -> list[str]:
     """Why the file is more than half a percent below the budget, beside which it takes `fixed` bytes; nothing where it
     is not."""
-    size, budget = levels.total(types_of(plan)), levels.budget
+    types, budget = types_of(plan), levels.budget
+    size = levels.total(types)
     if fixed + size >= _SPENT * (fixed + budget):
         return []
     most = sum(max(levels.bytes(group, t) for t in levels.menu(group)) for group in levels.groups)
     if size == most:
         return ["The file is smaller than asked, because every tensor has the largest type that it may have."]
-    finer = "no larger types were measured to lose less" if levels.errors else "the next larger types do not fit"
+
+    def gains(group: tuple[str, ...]) -> bool:
+        own, loss = levels.bytes(group, types[group[0]]), levels.loss(group, types[group[0]])
+        return any(levels.bytes(group, t) > own and levels.loss(group, t) < loss for t in levels.menu(group))
+
+    spent = levels.errors and not any(map(gains, levels.groups))
+    finer = "no larger types were measured to lose less" if spent else "the next larger types do not fit"
     return [f"The file is smaller than asked, because {finer}."]
 
 

@@ -41,9 +41,11 @@ from billhook.steps.saved_levels import resume_advice
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import check_target, scale_dtype
+from billhook.store.files import sha256
 from billhook.store.layout import LEVELS
 from billhook.store.output import absolute, check_room
 
+_LOSS_BY_SIZE = "loss_by_size"  # in `made_by` of a plan
 Target = Literal["gguf", "transformers", "vllm"]
 
 
@@ -163,7 +165,8 @@ def check(request: CompressRequest, progress: Progress = lambda line: None) -> C
     if request.target != "gguf":
         check_opens(opened, parts, {name: menu[0] for name, menu in sizes.menus.items()})
     asked: dict[str, Any] = {"target": request.target, "bytes": sizes.budget, "types": types}
-    asked |= {"allocator": request.allocator, "options": dict(allocation.options)}
+    asked |= {"allocator": allocation.published, "options": dict(allocation.options)}
+    asked |= {"file": allocation.file and sha256(allocation.file)}
     asked |= {"levels": allocation.levels and step_with_levels(allocation.levels)[0].made_by["calibration"]}
     plan = _stopped_plan(request, asked)
     if plan is None:
@@ -178,12 +181,20 @@ def decide(checked: CheckedCompress, progress: Progress = lambda line: None) -> 
     sizes, known = checked.sizes, checked.plan
     kept = partial_folder(absolute(checked.request.output)) / LEVELS
     with resume_advice(kept, "the same command measures the rest"):
-        chosen = _chosen(checked, progress) if known is None else Chosen(known, {})
-    plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": checked.asked})
+        chosen = _chosen(checked, progress) if known is None else _chosen_before(known)
+    made_by = {**chosen.plan.made_by, "request": checked.asked}
+    if chosen.loss_by_size:
+        made_by[_LOSS_BY_SIZE] = {str(factor): ratio for factor, ratio in chosen.loss_by_size.items()}
+    plan = replace(chosen.plan, made_by=made_by)
     job = prepare(replace(checked.quantizing, plan=plan), opened=checked.opened)
     job = replace(job, notes=[*job.notes, *plan.made_by.get(NOTES, [])])
     budget = sizes.budget if checked.sized else sizes.fixed + int(plan.budget.value)
     return CompressJob(job, budget, chosen.loss_by_size, sizes.memory)
+
+
+def _chosen_before(plan: Plan) -> Chosen:
+    """The types that a stopped run has chosen."""
+    return Chosen(plan, {float(factor): ratio for factor, ratio in plan.made_by.get(_LOSS_BY_SIZE, {}).items()})
 
 
 def _chosen(checked: CheckedCompress, progress: Progress) -> Chosen:

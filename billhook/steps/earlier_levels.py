@@ -14,6 +14,8 @@ Menus = Mapping[str, list[str]]  # types by tensor
 
 def step_with_levels(directory: Path) -> tuple[Step, Plan]:
     """The last step of a compressed model that measured levels, and its plan; raises BillhookError if there is none."""
+    if not directory.is_dir():
+        raise BillhookError(f"There is no directory {directory}: levels are those of the output of billhook compress.")
     record = history(directory)
     for step in reversed(record.steps if record else []):
         if step.plan and (step.plan.get("made_by") or {}).get("levels"):

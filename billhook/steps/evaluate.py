@@ -24,7 +24,7 @@ from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
 from billhook.steps.facts import all_versions, model_facts
 from billhook.store.arguments import check_fields
-from billhook.store.checkpoint import load_tokenizer, read_config
+from billhook.store.checkpoint import is_compressed, load_tokenizer, read_config
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib
 from billhook.tasks.base import Home, RowTask, WindowTask
 from billhook.tasks.opening import task_of, task_of_config
@@ -155,7 +155,12 @@ def _open(source: Path, config: EvalConfig) -> PreTrainedModel:
     device = chosen_device(config.device)
     dtype = chosen_dtype(config.dtype, device, source)
     trust = config.trust_remote_code
-    if lacking_gib(source, dtype, device) is not None:
+    if (lacking := lacking_gib(source, dtype, device)) is not None:
+        if is_compressed(read_config(source, quantized=True)):
+            raise BillhookError(
+                f"The weights of {source} need {lacking[0]:.1f} GiB decoded, and {lacking[1]:.1f} GiB are free. Decode "
+                f"them with billhook export {source} --to dense -o DENSE: DENSE is read one block at a time."
+            )
         auto_class = task_of_config(source, read_config(source)).auto_class
         return open_streamed(source, auto_class, dtype=dtype, device=device, trust_remote_code=trust).model
     return load(source, dtype=dtype, device=device, trust_remote_code=trust, tune=False)

@@ -1,6 +1,7 @@
 """Write a model directory in the format of another program, or decode a quantized one into ordinary weights."""
 
 import functools
+import glob
 import re
 import tempfile
 from collections import Counter
@@ -24,7 +25,7 @@ from billhook.store.checkpoint import check_directory, loading, model_digest
 from billhook.store.directory import checksums, copy_others
 from billhook.store.files import check_new_file, copy_files, digest_of, sha256, write_json, write_text
 from billhook.store.fitting import check_fits, empty_model
-from billhook.store.gguf_file import read_gguf
+from billhook.store.gguf_file import gguf_parts, read_gguf
 from billhook.store.layout import CARD, RECORD, is_unfinished
 from billhook.store.output import check_output, check_room, staging
 from billhook.store.record import Record, Step, append_step, completed, history, read_record
@@ -63,7 +64,8 @@ def export_gguf(
     if kind not in TYPES:
         raise BillhookError(f"Unknown type {kind!r}: use {', '.join(TYPES)}.")
     output = Path(output).expanduser()
-    _check_new(output, overwrite, *_gguf_files(model), template)
+    for file in [output] if split_size is None else [output, *_earlier_parts(output)]:
+        _check_new(file, overwrite, *gguf_files(model), template)
     source, config, before = _open(model)
     digest, grids = model_digest(source), packed_grids(source, config)
     facts = {"source.digest": digest} | ({} if before is None else {"steps": ", ".join(x.step for x in before.steps)})
@@ -110,7 +112,7 @@ def export_dense(
     kind = kind.lower()
     if kind not in DTYPES:
         raise BillhookError(f"Unknown type {kind!r}: use {', '.join(DTYPES)}.")
-    source, config, before = _open(model)
+    source, config, before = _open(model, Path(output))
     grids, dtype = packed_grids(source, config), DTYPES[kind]
     entries = [entry for file in weight_files(source) for entry in read_shard(file).entries.values()]
     if kind == "auto" and any(entry.dtype in ("F32", "F64") and len(entry.shape) > 1 for entry in entries):
@@ -190,7 +192,7 @@ def export_tensor_types(model: str | Path, output: str | Path, *, overwrite: boo
     for a model without a GGUF file and for an output that exists.
     """
     output = Path(output).expanduser()
-    if not (files := _gguf_files(model)):
+    if not (files := gguf_files(model)):
         raise BillhookError(
             f"{model} holds no GGUF file, which has the types of llama.cpp: billhook quantize and compress make it."
         )
@@ -210,6 +212,11 @@ def _check_fits(source: Path, config: Mapping[str, Any]) -> None:
             check_fits(source, model, shards)
 
 
+def _earlier_parts(output: Path) -> list[Path]:
+    """The files that are named like parts of `output`, of any number."""
+    return sorted(output.absolute().parent.glob(f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*.gguf"))
+
+
 def _check_new(output: Path, overwrite: bool, *read: str | Path | None) -> None:
     """Raise BillhookError for a file that exists and may not be replaced, such as one that is `read`."""
     if output.exists() and not overwrite:
@@ -217,15 +224,15 @@ def _check_new(output: Path, overwrite: bool, *read: str | Path | None) -> None:
     check_new_file(output, *read)
 
 
-def _gguf_files(model: str | Path) -> list[Path]:
-    """The GGUF file that a model is, or those in its directory where it has no other weights."""
+def gguf_files(model: str | Path) -> list[Path]:
+    """The GGUF file that a model is, in all its parts, or those in its directory where it has no other weights."""
     path = Path(model).expanduser()
-    return [path] if path.is_file() else sorted(path.glob("*.gguf")) if is_gguf(path) else []
+    return gguf_parts(path) if path.is_file() else sorted(path.glob("*.gguf")) if is_gguf(path) else []
 
 
-def _open(model: str | Path) -> tuple[Path, dict[str, Any], Record | None]:
-    """The directory of a model, quantized or not, its configuration, and its record."""
-    source = resolve(model)
+def _open(model: str | Path, output: Path | None = None) -> tuple[Path, dict[str, Any], Record | None]:
+    """The directory of a model, quantized or not, its configuration, and its record; `output` as in `resolve`."""
+    source = resolve(model, output)
     if is_unfinished(source):
         raise BillhookError(f"{source} is not finished: resume it with the command that started it and --resume.")
     config = check_directory(source, quantized=True)

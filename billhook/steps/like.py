@@ -31,7 +31,9 @@ def like_types(
             becomes.setdefault(name, []).append(tensor)
     types: Types = {}
     for name, tensors in wanted.items():
-        found = {_type(file, tensor, name): tensor for on_disk in tensors for tensor in becomes[on_disk]}
+        is_layer = name not in tensors  # embeddings and head have their names on disk
+        advice = f"leave it out with --ignore {name}, or choose another file" if is_layer else "choose another file"
+        found = {_type(file, x, name, advice): x for on_disk in tensors for x in becomes[on_disk]}
         if len(found) > 1:
             listed = ", ".join(f"{tensor.name} as {type}" for type, tensor in found.items())
             raise BillhookError(f"{path} holds {listed}, and {name} is both: choose another file.")
@@ -39,8 +41,9 @@ def like_types(
     return types
 
 
-def _type(file: GgufFile, tensor: GgufTensor, name: str) -> str:
-    """The type of one tensor of the file, which belongs to `name`."""
+def _type(file: GgufFile, tensor: GgufTensor, name: str, advice: str) -> str:
+    """The type of one tensor of the file, which belongs to `name`; `advice` is what to do about one that is not
+    quantized."""
     entry = file.tensors.get(tensor.name)
     if entry is None:
         near = hint(tensor.name, file.tensors)
@@ -52,5 +55,5 @@ def _type(file: GgufFile, tensor: GgufTensor, name: str) -> str:
         )
     if entry.type not in GGML:
         made = f"{file.path} holds {tensor.name} as {entry.type}, which is no type to quantize to"
-        raise BillhookError(f"{made}: leave it out with --ignore {name}, or choose another file.")
+        raise BillhookError(f"{made}: {advice}.")
     return entry.type

@@ -153,6 +153,8 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
     """The content of billhook.json after the run."""
     request, opened, before = job.request, job.opened, job.opened.history
     known, layers = {} if before is None else before.layers, left_alone(before, opened)
+    for name, facts in layers.items() if job.ggml else ():  # which are in no file where zeros are counted again
+        facts["zeros"] = known[name]["zeros"]
     for r in results:
         earlier = known.get(r.layer, {})
         facts = {key: value for key, value in earlier.items() if key == "sparsity"}

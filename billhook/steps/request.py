@@ -149,7 +149,7 @@ def _open_model(
     if not isinstance(request.model, str | Path):
         kind = type(request.model).__name__
         raise BillhookError(f"The model must be a directory, a hub name or a transformers PreTrainedModel, got {kind}.")
-    source = resolve(request.model)
+    source = resolve(request.model, output)
     task = task_of_config(source, check_directory(source))
     if output is not None:
         unfinished = unfinished_run(output, resume=request.resume, overwrite=request.overwrite)

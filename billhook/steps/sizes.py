@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,8 +142,7 @@ class Sizes:
         layers = sum(stored_bytes(t, shapes[name]) for name, t in least.items())
         around = sum(stored_bytes(t, outside[name]) for name, t in least_outside.items())
         if target == "gguf":
-            on_disk = part_types(parts, least) | least_outside
-            fixed = file_bytes(opened, on_disk, "gptq", form) - layers - around
+            fixed = _beside(opened, parts, menus, outside_menus, {**shapes, **outside}, form)
             rows = {name: [part.last - part.first for part in several] for name, several in parts.items()}
             fixed += _padding((menus[n], r, shapes[n][1]) for n, several in rows.items() for r in several)
             fixed += _padding((menu, *outside[name]) for name, menu in outside_menus.items())
@@ -228,6 +227,28 @@ def outside_menu(name: str, columns: int, types: Sequence[str]) -> list[str]:
     if not fits:
         raise _no_type(columns, types, [name])
     return quick or fits
+
+
+def _beside(
+    opened: Opened,
+    parts: Parts,
+    menus: Mapping[str, list[str]],
+    outside: Mapping[str, list[str]],
+    shapes: Mapping[str, tuple[int, int]],
+    form: GgufForm,
+) -> int:
+    """The most bytes of a GGUF file beside the quantized tensors, those of layers and of embeddings and head `outside`,
+    with these menus. Of a split file, which has the most parts with the largest types, the header of each part."""
+
+    def with_types(extreme: Callable[..., str]) -> int:
+        layers, others = ({name: extreme(menu, key=bits) for name, menu in of.items()} for of in (menus, outside))
+        whole = file_bytes(opened, part_types(parts, layers) | others, "gptq", form)
+        return whole - sum(stored_bytes(t, shapes[name]) for name, t in {**layers, **others}.items())
+
+    if form["split"] is None:
+        return with_types(min)
+    lengths = ALIGNMENT * sum(map(len, parts.values()))  # which tensors are in a part changes the length of its header
+    return max(with_types(min), with_types(max)) + lengths
 
 
 def _padding(matrices: Iterable[tuple[Sequence[str], int, int]]) -> int:

@@ -154,7 +154,9 @@ def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str, form: G
 
 def file_facts(opened: Opened, quantizer: str) -> dict[str, str]:
     """What the metadata of a GGUF file says about how it was made."""
-    return {"source.digest": str(opened.facts["digest"]), "steps": "quantize", "quantizer": quantizer}
+    before = [] if opened.history is None else [step.step for step in opened.history.steps]
+    steps = ", ".join([*before, "quantize"])
+    return {"source.digest": str(opened.facts["digest"]), "steps": steps, "quantizer": quantizer}
 
 
 def outside_matrices(model: PreTrainedModel, stream: Stream) -> dict[str, tuple[int, int]]:

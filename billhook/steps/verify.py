@@ -89,8 +89,8 @@ def verify(
     if not is_packed(directory):
         record = read_record(directory / RECORD)
         problems = [*check_files(directory, record.files), *unlisted_weights(directory, record.files)]
-        if gguf := sorted(directory.glob("*.gguf")):
-            zeros, weights, found = examine_gguf(gguf[0], record, progress)
+        if gguf := sorted(name for name in record.files if name.endswith(".gguf") and "/" not in name):
+            zeros, weights, found = examine_gguf(directory / gguf[0], record, progress)
             problems += [*check_chain(record), *found]
             return Verification(str(directory), len(record.steps), len(record.layers), zeros, weights, problems)
         shards, damaged = _open(directory)

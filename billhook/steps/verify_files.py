@@ -23,9 +23,10 @@ def check_files(directory: Path, files: Mapping[str, str], known: Mapping[str, s
 
 def unlisted_weights(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
     """The weight files of a directory that are not among `files`."""
+    others = (".gguf",) if any(name.endswith(".gguf") for name in files) else ()  # beside safetensors it may be
     for path in sorted(directory.iterdir()):
         # transformers would read a model.safetensors that was added, and ignore the shards
-        if path.suffix in _WEIGHTS and path.name not in files:
+        if path.suffix in (*_WEIGHTS, *others) and path.name not in files:
             yield f"{path.name} holds weights and is not listed in {RECORD}."
 
 

@@ -17,15 +17,17 @@ _OUTSIDE = ("token_embd.weight", "output.weight")
 def examine_gguf(path: Path, record: Record, progress: Callable[[str], None]) -> tuple[int, int, list[str]]:
     """The zeros and the number of the layers' weights, and every difference from the record as a sentence.
 
-    The types of all layers, their zeros and that all values are finite are compared; one tensor is in memory at a time.
+    The types of the quantized layers, their zeros and that all values are finite are compared; one tensor is in memory
+    at a time.
     """
     try:
         file = read_gguf(path)
     except BillhookError as error:
         return 0, 0, [str(error)]
+    quantized = [facts for facts in record.layers.values() if facts.get("type")]  # others are left as they were
     recorded, found = Counter[str](), Counter[str]()  # numbers of weights: a tensor may hold several layers, or a part
-    for facts in record.layers.values():
-        recorded[str(facts.get("type"))] += prod(facts["shape"])
+    for facts in quantized:
+        recorded[str(facts["type"])] += prod(facts["shape"])
     for name, entry in file.tensors.items():
         if name not in _OUTSIDE and entry.type in recorded:
             found[entry.type] += prod(entry.shape)
@@ -40,7 +42,7 @@ def examine_gguf(path: Path, record: Record, progress: Callable[[str], None]) ->
         if name not in _OUTSIDE and entry.type in recorded:
             zeros, weights = zeros + int((values == 0).sum()), weights + values.size
         progress(name)
-    expected = sum(facts["zeros"] for facts in record.layers.values())
+    expected = sum(facts["zeros"] for facts in quantized)
     if not problems and zeros != expected:
         problems.append(f"{path.name} has {zeros} zeros in its layers, {expected} are recorded.")
     return zeros, weights, problems

@@ -81,7 +81,10 @@ def check_directory(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     config = read_config(path, quantized=quantized)
     if not (files := weight_files(path)):
         raise BillhookError(_no_weights(path))
-    check_depth(path, config, sum(len(read_shard(file).entries) for file in files))
+    names = [name for file in files for name in read_shard(file).entries]
+    if not is_compressed(config) and (packed := not_a_model.packed_tensor(names)):
+        raise BillhookError(not_a_model.quantized(path, f" (its files hold {packed})"))
+    check_depth(path, config, len(names))
     return config
 
 
@@ -96,10 +99,7 @@ def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     if (config.get("quantization_config") or config.get("compression_config")) and not (
         quantized and is_compressed(config)
     ):
-        raise BillhookError(
-            f"{path} is a quantized checkpoint: start from the unquantized model. Models quantized for "
-            "compressed-tensors can be evaluated, and decoded with billhook export --to dense -o DENSE."
-        )
+        raise BillhookError(not_a_model.quantized(path))
     return config
 
 

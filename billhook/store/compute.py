@@ -1,5 +1,6 @@
 """Where a model is computed, and in which dtype: what `auto` means, decided in one place."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 from billhook.errors import BillhookError
 from billhook.store.files import in_one_line
 from billhook.store.layout import is_packed
-from billhook.store.shards import Shard, read_shard, weight_bytes, weight_files
+from billhook.store.shards import Shard, read_shard, weight_files
 from billhook.store.tensor_bytes import DTYPES as STORED
+from billhook.store.tensor_bytes import read_tensor
 
 AUTO = "auto"
 _DEVICES = "Use auto, cpu, cuda or cuda:1."
@@ -87,8 +89,17 @@ def lacking_gib(path: Path, dtype: torch.dtype, device: str) -> tuple[float, flo
     stored, free = (None if is_packed(path) else stored_dtype(path)), free_gib(device)
     if stored is None or free is None:
         return None
-    needed = weight_bytes(path) / stored.itemsize * dtype.itemsize / 2**30
+    needed = sum(map(_numbers, map(read_shard, weight_files(path)))) * dtype.itemsize / 2**30
     return (needed, free) if needed > free else None
+
+
+def _numbers(shard: Shard) -> int:
+    """The numbers in a file; of weights that are packed for compressed-tensors those that they are decoded to."""
+    shapes = []
+    for entry in shard.entries.values():
+        decoded = entry.name.endswith(".weight_shape") and (entry.dtype, entry.shape) == ("I64", (2,))
+        shapes.append(tuple(read_tensor(shard.path, entry).tolist()) if decoded else entry.shape)
+    return sum(map(math.prod, shapes))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

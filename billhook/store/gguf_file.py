@@ -99,7 +99,7 @@ def read_gguf(path: Path) -> GgufFile:
     if said is None or count == 1:
         return GgufFile(path, metadata, tensors, (path,))
     missing = [part.name for part in paths if not part.is_file()]
-    if count is None or count != len(paths) or missing:
+    if not count or count != len(paths) or missing:
         names = "put all of them into one folder as NAME-00001-of-00003.gguf and so on"
         lacking = f" ({missing[0]} is missing)" if missing and count == len(paths) else ""
         raise BillhookError(f"{path} is one of {said.value!r:.20} parts{lacking}: {names}.")

@@ -1,6 +1,7 @@
 """Why a file or directory that is given as a model is none, and how to make one of it."""
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from billhook.store.layout import RECORD
 from billhook.store.shards import INDEX, SINGLE
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# of GPTQ and AWQ, compressed-tensors, and bitsandbytes; older files of GPTQ say so in no config.json
+_QUANTIZED = (".qweight", ".weight_packed", ".absmax", ".SCB")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z")
 
 
@@ -21,6 +24,19 @@ BESIDE = (
     "quantization_config=CompressedTensorsConfig(run_compressed=False)), and it with PeftModel.from_pretrained(MODEL, "
     "ADAPTER)."
 )
+
+
+def packed_tensor(names: Iterable[str]) -> str | None:
+    """The first tensor that only a quantized checkpoint has, or None."""
+    return next((name for name in names if name.endswith(_QUANTIZED)), None)
+
+
+def quantized(path: Path, why: str = "") -> str:
+    """What to say of a quantized checkpoint."""
+    return (
+        f"{path} is a quantized checkpoint{why}: start from the unquantized model. Models quantized for "
+        "compressed-tensors can be evaluated, and decoded with billhook export --to dense -o DENSE."
+    )
 
 
 def _steps(path: Path) -> list[Any]:

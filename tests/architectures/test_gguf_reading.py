@@ -12,11 +12,14 @@ import tiny
 import torch
 from command import done
 from gguf_bytes import ARRAY, BOOL, FLOAT32, FLOAT64, INT32, STRING, UINT32, changed
+from live_memory import LiveMemory
 from paths import DEMO
 
 from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError, JobError
 from billhook.export.gguf import write_gguf
+from billhook.steps.export import export_dense
+from billhook.steps.quantize import quantize
 from billhook.store.checkpoint import load_tokenizer
 from billhook.store.gguf_file import GgufValue, read_gguf
 from billhook.tasks.opening import load_model
@@ -136,13 +139,14 @@ METADATA = {  # by family: a key, its value (None: left out), and what is said o
         ("llama.attention.key_length", GgufValue("x", STRING), "cannot load"),
         ("llama.rope.scaling.type", GgufValue("linear", STRING), r"cannot load .*rope\.scaling\.factor"),
         ("llama.rope.freq_base", GgufValue(True, BOOL), ""),
-        ("llama.expert_count", GgufValue(8, UINT32), "cannot load|does not fit|describes|has no"),
+        ("llama.expert_count", GgufValue(8, UINT32), "has 0 experts, and 8 in its metadata"),
         ("general.architecture", GgufValue("A" * 10_000, STRING), "is a A{40} model, which is not read"),
     ],
     "gemma3_text": [
         ("gemma3.attention.sliding_window_pattern", GgufValue([1, 0], ARRAY, UINT32), "cannot load"),
         ("gemma3.rope.freq_base_swa", GgufValue(math.inf, FLOAT32), "is inf, which no model has"),
     ],
+    "mixtral": [("llama.expert_count", GgufValue(1 << 20, UINT32), "has 6 experts, and 1048576 in its metadata")],
     "phi3": [("phi3.rope.dimension_count", None, r"cannot load .*rope\.dimension_count")],
 }
 
@@ -166,6 +170,30 @@ def test_metadata_that_no_model_has_is_one_error_without_a_large_allocation(fami
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100e6
+
+
+def test_factors_of_another_width_than_the_metadata_say_are_refused_before_any_are_computed(tmp_path):
+    source = gguf_families.save(tmp_path / "model", "llama:llama3", num_hidden_layers=1)
+    file, path = read_gguf(write_gguf(source, tmp_path / "good.gguf").path), tmp_path / "changed.gguf"
+    path.write_bytes(changed(file, {"llama.attention.key_length": GgufValue(1 << 20, UINT32)}))
+    with LiveMemory([]) as memory, pytest.raises(BillhookError, match="scales its rotary embedding in a way"):
+        resolve(path)
+    assert memory.peak < 1 << 16
+
+
+def test_the_file_that_is_read_is_not_replaced(tmp_path):
+    """The directory that a GGUF file is in is no output, though it has a config.json and may be overwritten."""
+    tiny.save(tmp_path / "small", tiny.llama(num_hidden_layers=1))
+    (tmp_path / "small" / "model.safetensors").unlink()
+    file = write_gguf(gguf_families.save(tmp_path / "model", "llama"), tmp_path / "small" / "model.gguf").path
+    for given in (file, file.parent):
+        for attempt in (
+            lambda model: quantize(model, "q8_0", tmp_path / "small", quantizer="round", overwrite=True),
+            lambda model: export_dense(model, tmp_path / "small", overwrite=True),
+        ):
+            with pytest.raises(BillhookError, match="contains the source model"):
+                attempt(given)
+    assert file.is_file()
 
 
 def test_an_unknown_architecture_and_a_file_without_sizes_are_refused(tmp_path):

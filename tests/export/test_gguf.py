@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from billhook.errors import BillhookError, JobError
 from billhook.export.gguf import gguf_bytes, write_gguf
+from billhook.steps.export import export_gguf
 from billhook.store.gguf_file import read_gguf
 
 
@@ -273,6 +274,17 @@ def test_a_file_in_parts_is_read_as_one_by_any_part_and_by_the_gguf_package(mixt
     assert all(np.array_equal(read[name], expected[name]) for name in expected | read)
     fields = gguf.GGUFReader(written.parts[1]).fields
     assert [fields[f"split.{key}"].contents() for key in ("no", "count", "tensors.count")] == [1, count, len(expected)]
+
+
+def test_parts_that_exist_are_replaced_only_where_that_is_allowed_and_they_are_not_read(mixtral, tmp_path, monkeypatch):
+    monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path / "cache"))
+    fields = {"output": tmp_path / "model.gguf", "split_size": 60_000}
+    parts = export_gguf(mixtral, **fields).parts
+    with pytest.raises(BillhookError, match=rf"The output .*{parts[0].name} exists: choose another"):
+        export_gguf(mixtral, **fields)
+    assert export_gguf(mixtral, **fields, overwrite=True).parts == parts
+    with pytest.raises(BillhookError, match="is a file of the model, or one that is read"):
+        export_gguf(parts[1], **fields, overwrite=True)
 
 
 def test_parts_that_are_missing_renamed_or_swapped_are_one_error(mixtral, tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 import tiny
 import torch
 from command import billhook, done
@@ -66,3 +67,14 @@ def test_a_model_without_names_is_refused_before_anything_is_measured(place):
     )
     assert (ran.code, "No GGUF names are known for granite" in ran.err) == (2, True)
     assert not Path("x.gguf").exists()
+
+
+@pytest.mark.parametrize("model", ["model.gguf", "model-00001-of-00002.gguf", "folder"])
+def test_the_file_of_the_model_is_not_replaced(place, model):
+    Path("folder").mkdir()
+    for name in ("model.gguf", "model-00001-of-00002.gguf", "model-00002-of-00002.gguf", "folder/model.gguf"):
+        Path(name).write_bytes(b"GGUF")
+    output = {"model-00001-of-00002.gguf": "model-00002-of-00002.gguf", "folder": "folder/model.gguf"}.get(model, model)
+    ran = billhook("imatrix", model, "-o", output, "--calibration", "text.txt")
+    assert (ran.code, f"The output {output} is a file of the model, or one that is read" in ran.err) == (2, True)
+    assert Path(output).read_bytes() == b"GGUF"

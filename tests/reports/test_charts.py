@@ -205,6 +205,9 @@ def test_what_cannot_be_drawn_is_refused(table: Path, tmp_path: Path):
         (): "Say what to draw",
         ("--model", "x"): "Say which LAYER",
         ("--plan", table.parent / "owl.json"): "give the TABLE",
+        (table, "--layer", LAYER): f"Say of what {LAYER} is to be drawn",
+        (table.parent, "--plan", table.parent / "owl.json"): "belong to a TABLE",
+        (table.parent, "--metric", "alpha_peak"): "belong to a TABLE",
         (table, "--metric", "alpha_mid"): "no column 'alpha_mid'.*billhook measure MODEL --metrics alpha_mid",
         (table.parent / "owl.json",): "is not a table",
     }

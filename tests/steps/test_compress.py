@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import bert
 import gguf_families
@@ -18,13 +19,17 @@ from billhook.errors import BillhookError, Interrupted
 from billhook.export.gguf import write_gguf
 from billhook.packed.loading import load
 from billhook.plan.bytes import parse_size
+from billhook.plan.levels import Levels
+from billhook.steps.allocation import _unspent
 from billhook.steps.compress import CompressRequest, check, decide, run_compress
 from billhook.steps.compress_units import compress
 from billhook.steps.like import like_types
 from billhook.steps.quantize import quantize
 from billhook.steps.sizes import Size, _near, allowed_types
+from billhook.steps.types import file_bytes
 from billhook.steps.verify import verify
 from billhook.store.gguf_file import read_gguf
+from billhook.store.shards import read_shard, weight_files
 
 pytestmark = pytest.mark.gate
 IDS = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -75,6 +80,22 @@ def test_a_budget_above_all_types_is_spent_on_the_largest(tmp_path, source):
     layers = json.loads((quantized.output / "billhook.json").read_text())["layers"].values()
     assert {facts["type"] for facts in layers} == {"q8_0"}
     assert any("smaller than asked, because every tensor has the largest type" in note for note in quantized.warnings)
+
+
+@pytest.mark.parametrize(
+    ("budget", "type", "larger", "why"),
+    [
+        (3000, "q4_0", 0.01, "the next larger types do not fit"),
+        (5000, "q4_0", 0.1, "no larger types were measured to lose less"),
+        (5000, "q8_0", 0.01, "every tensor has the largest type that it may have"),
+        (4360, "q8_0", 0.01, None),
+    ],
+)
+def test_why_a_file_is_smaller_than_asked_is_said_as_it_is(budget, type, larger, why):
+    errors = {"layer": {"q4_0": 0.1, "q8_0": larger}}  # of 2,304 and 4,352 bytes
+    levels = Levels({"layer": (64, 64)}, {"layer": ["q4_0", "q8_0"]}, budget, errors=errors)
+    notes = _unspent(levels, levels.plan({"layer": type}, {}), 0)
+    assert notes == ([] if why is None else [f"The file is smaller than asked, because {why}."])
 
 
 def test_the_file_of_a_mixture_takes_all_of_the_least_size(tmp_path):
@@ -137,6 +158,14 @@ def test_a_stopped_run_goes_on_only_with_the_size_and_the_types_it_was_started_w
             compress(source, tmp_path / "out", resume=True, **{**fields, **change})
     compress(source, tmp_path / "out", resume=True, **fields)
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_resumed_run_says_what_other_sizes_would_lose(tmp_path, source):
+    fields = {"size": "42KB", "target": "transformers", "types": ["int4/16", "int8/16"], **FIELDS}
+    job = decide(check(CompressRequest.given(model=source, output=tmp_path / "out", **fields)))
+    with pytest.raises(Interrupted, match="1 of 2 blocks"):
+        run_compress(job, stopping=lambda: True)
+    assert compress(source, tmp_path / "out", resume=True, **fields).loss_by_size == job.loss_by_size != {}
 
 
 def test_a_file_and_its_context_fit_in_memory_together(tmp_path, source):
@@ -225,6 +254,7 @@ def test_levels_of_an_earlier_run_lead_to_the_same_file_and_are_refused_where_th
         (source, {"target": "gguf"}, r"first holds no error of .*q8_0.*only of int.*Leave out levels"),
         (source, {"allocator": "alphaq"}, "The allocator alphaq reads no measured levels"),
         (source, {"levels": source}, "holds no measured levels: billhook compress keeps them"),
+        (source, {"levels": tmp_path / "nowhere"}, "There is no directory .*nowhere: levels are those of"),
     ):
         with pytest.raises(BillhookError, match=match):
             compress(model, tmp_path / "out", **{"size": "42KB", **fields, **change})
@@ -310,7 +340,8 @@ def test_the_types_of_another_file_are_taken_tensor_by_tensor(tmp_path, source):
         plans.append(json.loads((output / "billhook.json").read_text())["steps"][-1]["plan"])
     assert plans[0]["weights"] == plans[1]["weights"]
     assert plans[0]["made_by"]["outside"] == plans[1]["made_by"]["outside"]
-    assert plans[1]["made_by"]["allocator"] == "like:first.gguf"
+    assert plans[1]["made_by"]["allocator"] == plans[1]["made_by"]["request"]["allocator"] == "like:first.gguf"
+    assert str(tmp_path) not in json.dumps(plans[1])
     tensors = [read_gguf(x).tensors.values() for x in (file, tmp_path / "out" / "out.gguf")]
     assert [(e.name, e.type, e.shape) for e in tensors[0]] == [(e.name, e.type, e.shape) for e in tensors[1]]
     other = tiny.save(tmp_path / "other", tiny.llama(num_hidden_layers=3), dtype=torch.bfloat16, words=False)
@@ -325,6 +356,29 @@ def test_the_types_of_another_file_are_taken_tensor_by_tensor(tmp_path, source):
     ):
         with pytest.raises(BillhookError, match=match):
             compress(model, tmp_path / "again", allocator=f"like:{file}", **fields, **FIELDS)
+
+
+def test_a_type_of_another_file_that_cannot_be_made_is_named_with_advice_that_helps(tmp_path, source):
+    file = write_gguf(source, tmp_path / "file.gguf").path
+    shapes = {name: entry.shape for x in weight_files(source) for name, entry in read_shard(x).entries.items()}
+    layer, embedding = "model.layers.0.self_attn.q_proj", "model.embed_tokens.weight"
+    with pytest.raises(BillhookError, match=f'as bf16, .*: leave it out with ignore="{layer}", or choose another'):
+        like_types(file, source, shapes, {layer: [f"{layer}.weight"]})
+    with pytest.raises(BillhookError, match="as bf16, which is no type to quantize to: choose another file"):
+        like_types(file, source, shapes, {embedding: [embedding]})
+
+
+def test_the_headers_of_all_parts_of_a_split_file_count(tmp_path, source):
+    """The more bits, the more parts: one byte less than the largest types take is not met by them."""
+
+    def written(**size: Any) -> int:
+        fields = {"types": ["q4_0", "q8_0"], "split_size": 6000, "allocator": "uniform", **size, **FIELDS}
+        checked = check(CompressRequest.given(model=source, output=tmp_path / "out", **fields))
+        types = {name: grid.name for name, grid in decide(checked).quantizing.grids.items()}
+        return file_bytes(checked.opened, types, "gptq", checked.request.gguf_form)
+
+    most = written(bits=16.0)
+    assert written(size=most - 1) < most
 
 
 def test_defaults_may_be_missing_in_the_configuration_of_a_model_that_takes_the_types_of_another_file(tmp_path):
@@ -353,6 +407,7 @@ def test_defaults_may_be_missing_in_the_configuration_of_a_model_that_takes_the_
         ({}, "Give exactly one of size"),
         ({"size": "2GB", "bits": 3.0}, "Give exactly one of size"),
         ({"size": "two"}, "is not a number of bytes, such as 2.5GB"),
+        ({"size": "9" * 400}, "is not a number of bytes, such as 2.5GB"),
         ({"bits": 0.0}, r"not a number of bits in \(0, 32\]"),
         ({"bits": float("nan")}, r"not a number of bits in \(0, 32\]"),
         ({"size": "1MB", "target": "exe"}, "target='exe' must be one of gguf"),

@@ -208,6 +208,28 @@ def test_a_zero_is_kept_where_the_type_has_one_and_counted_where_it_is_not(tmp_p
         assert verify(folder).problems == []
 
 
+def test_pruned_layers_that_a_gguf_file_leaves_as_they_are_are_verified(tmp_path, source):
+    pruning = {"sparsity": 0.5, "criterion": "magnitude", "calibration": None}
+    pruned = prune(source, output=tmp_path / "pruned", **pruning).output
+    output = quantize(pruned, "q8_0", tmp_path / "out", quantizer="round", ignore="re:.*down_proj").output
+    assert read_gguf(output / "out.gguf").metadata["billhook.steps"].value == "prune, quantize"
+    dense = export_dense(output, tmp_path / "dense").path
+    for folder in (pruned, output, dense):
+        assert verify(folder).problems == []
+        for name, facts in history(pruned).layers.items():
+            if name.endswith("down_proj"):
+                assert history(folder).layers[name]["zeros"] == facts["zeros"] > 0
+
+
+def test_a_gguf_file_beside_the_weights_of_a_directory_is_reported_where_it_could_be_taken_for_them(tmp_path, source):
+    pruned = prune(source, output=tmp_path / "pruned", sparsity=0.5, criterion="magnitude", calibration=None).output
+    output = quantize(source, "q8_0", tmp_path / "out", quantizer="round", ignore="re:.*down_proj").output
+    for folder in (pruned, output):
+        shutil.copyfile(output / "out.gguf", folder / "a.gguf")
+    assert verify(pruned).problems == []
+    assert verify(output).problems == ["a.gguf holds weights and is not listed in billhook.json."]
+
+
 def test_rows_whose_scales_are_too_small_for_the_type_are_noted(tmp_path):
     model = tiny.llama(num_hidden_layers=1)
     weight = model.model.layers[0].mlp.up_proj.weight.data

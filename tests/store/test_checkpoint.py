@@ -102,6 +102,13 @@ def test_a_quantized_checkpoint_is_refused(copy):
         check_directory(copy)
 
 
+@pytest.mark.parametrize("packed", ["qweight", "weight_packed", "weight.absmax", "SCB"])
+def test_a_quantized_checkpoint_is_refused_by_its_tensors_where_its_configuration_does_not_say_so(copy, packed):
+    save_file(load_file(copy / "model.safetensors") | {f"layer.{packed}": torch.zeros(2)}, copy / "model.safetensors")
+    with pytest.raises(BillhookError, match=rf"is a quantized checkpoint \(its files hold layer.{packed}\)"):
+        check_directory(copy)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

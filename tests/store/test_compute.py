@@ -7,6 +7,7 @@ from command import PRUNE, TEXT, done, refused
 
 import billhook
 from billhook import BillhookError
+from billhook.steps.quantize import quantize
 from billhook.store import compute
 from billhook.store.compute import chosen_device, chosen_dtype, stored_dtype
 
@@ -68,3 +69,16 @@ def test_a_model_that_does_not_fit_in_memory_is_scored_one_block_at_a_time(place
     streamed = done(*run)
     assert "free: they are read one block at a time." in streamed.err
     assert streamed.json["nll"] == whole.json["nll"]
+
+
+def test_a_quantized_model_that_does_not_fit_when_it_is_decoded_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    model = tiny.llama(num_hidden_layers=1)
+    source = tiny.save(tmp_path / "model", model, dtype=torch.bfloat16)
+    packed = quantize(source, "int2", tmp_path / "packed", quantizer="round").output
+    needed = sum(value.numel() for value in model.parameters()) * 4 / 2**30
+    monkeypatch.setattr(compute, "free_gib", lambda device: needed / 2)
+    for path in (source, packed):
+        lacking = compute.lacking_gib(path, torch.float32, "cpu")
+        assert lacking == (pytest.approx(needed, rel=0.2), needed / 2)
+    text = tiny.text_file(tmp_path / "text.txt")
+    refused(tmp_path, "eval", str(packed), "--data", str(text), match="free. Decode them with .* --to dense")

@@ -161,8 +161,9 @@ def test_the_values_begin_at_the_alignment(alignment, tmp_path):
 @pytest.mark.parametrize(
     "value", [GgufValue(0, UINT32), GgufValue("x" * 10_000, STRING), GgufValue([1, 2], ARRAY, UINT8)]
 )
-def test_any_number_of_parts_but_one_is_refused_in_a_few_words(value, tmp_path):
-    path = tmp_path / "part.gguf"
+@pytest.mark.parametrize("name", ["part.gguf", "part-00001-of-00000.gguf"])
+def test_any_number_of_parts_but_one_is_refused_in_a_few_words(value, name, tmp_path):
+    path = tmp_path / name
     path.write_bytes(whole([ARCH, text("split.count") + stored(value)], TENSORS, DATA))
     with pytest.raises(BillhookError, match=r"is one of .{1,20} parts: put all of them into one folder"):
         read_gguf(path)
