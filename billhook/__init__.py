@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from billhook.steps.quantize import quantize as quantize
     from billhook.steps.recover import recover as recover
     from billhook.steps.search import search as search
+    from billhook.steps.slim import slim as slim
     from billhook.steps.verify import verify as verify
     from billhook.store.directory import save_pruned as save_pruned
     from billhook.tasks.opening import load_model as load_model
@@ -77,6 +78,7 @@ _PUBLIC = {
     "recover": "billhook.steps.recover",
     "save_pruned": "billhook.store.directory",
     "search": "billhook.steps.search",
+    "slim": "billhook.steps.slim",
     "unpack": "billhook.steps.pack",
     "verify": "billhook.steps.verify",
 }

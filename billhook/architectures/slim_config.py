@@ -13,13 +13,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from billhook.architectures.stacks import blocks_of, decoder_stack, find_stacks
+from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit
 from billhook.errors import BillhookError
-from billhook.store.files import in_one_line
 
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _OF_EXPERTS, _OF_DENSE = ("moe_intermediate_size", *_WIDTHS), ("intermediate_size_mlp", *_WIDTHS)
@@ -27,14 +25,15 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 WIDTH = 8  # of which the numbers of channels should be multiples, for the sake of kernels and storage types
 # lists of the numbers of blocks
 _NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices")
-_FIRST = ("max_window_layers", "first_k_dense_replace")  # how many of the first blocks are of another kind
+# how many of the first blocks are of another kind
+_FIRST = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 # how the names end of lists whose length is not the number of blocks, such as a height and a width
 _NOT_OF_BLOCKS = (
     *("_token_id", "architectures", "stage_names", "out_features", "out_indices", "_limit", "_section"),
     *("_size", "_shape", "feature_layer", "_ids", "_idxs", "_indices", "_indexes"),
 )
 _STAGES = ("stage_names", "out_features", "out_indices")  # of a backbone, which follow from the number of blocks
-_AS_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+_AS_MISTRAL = {"model_type": "mistral", "sliding_window": None}
 
 
 def stored_counts(model: PreTrainedModel, units: Sequence[Unit], counts: Mapping[str, int]) -> dict[str, int]:
@@ -87,40 +86,11 @@ def check_per_layer(model: PreTrainedModel, units: Sequence[Unit]) -> None:
             )
 
 
-def check_blocks(model: PreTrainedModel) -> None:
-    """Raise BillhookError, naming the model's type, where no configuration says that blocks are missing.
-
-    That is the case for several stacks, and for blocks of several kinds whose order the configuration does not give.
-    """
-    stacks = find_stacks(model) or [decoder_stack(model)]
-    who = f"{model.config.model_type} models cannot have fewer blocks"
-    if len(stacks) != 1:
-        names = f"such as {stacks[0].name} and {stacks[-1].name}"
-        raise BillhookError(f"{who}: they have several stacks, {names}. Name other kinds of units.")
-    (stack,) = stacks
-    depth, own = len(stack.blocks), _at(model.config, _part(model, stack.name)).to_dict()
-    if depth == 1:
-        raise BillhookError("The model has one block, which must stay. Name other kinds of units.")
-    kinds = {tuple((name, x.shape) for name, x in block.state_dict().items()) for block in stack.blocks.values()}
-    changed = _depth(own, range(depth), depth, _usual(_at(model.config, _part(model, stack.name))))
-    told = any(key != "num_hidden_layers" and key not in _STAGES for key in changed)
-    if len(kinds) > 1 and not told:
-        raise BillhookError(f"{who}: their blocks are not alike, and their configuration has no list of their kinds.")
-    config, _, _ = slimmed(model, [], {}, range(depth - 1), depth)
-    try:
-        with torch.device("meta"):
-            made = type(model)(config)
-    except Exception as error:  # whatever the model's class raises
-        raise BillhookError(f"{who}: {in_one_line(error)}.") from None
-    if len(blocks_of(made)) != depth - 1:
-        raise BillhookError(f"{who}: their configuration has no place for it.")
-
-
 def shape_notes(
     model: PreTrainedModel, units: Sequence[Unit], counts: Mapping[str, int], stored: Mapping[str, int]
 ) -> list[str]:
     """What should be known about the shape in which `counts` parts of units stay and `stored` parts are stored."""
-    notes, channels = [], [unit for unit in units if unit.kind == "channels"]
+    notes, narrower = [], [u for u in units if u.kind == "channels" and stored[u.name] != u.count]
     differ = [u for u in units if len({stored[v.name] for v in units if v.kind == u.kind and v.count == u.count}) > 1]
     if differ:
         kinds = " and ".join(dict.fromkeys(unit.kind for unit in differ))
@@ -128,7 +98,7 @@ def shape_notes(
             f"Blocks keep different numbers of {kinds}, which {model.config.model_type} configurations list by block: "
             "transformers and vLLM open that, llama.cpp does not. With --shape uniform all three do."
         )
-    odd = {(stored[u.name], u.count, _of_expert(u)): None for u in channels if stored[u.name] % WIDTH}
+    odd = {(stored[u.name], u.count, _of_expert(u)): None for u in narrower if stored[u.name] % WIDTH}
     for width, count, of_expert in odd:
         only = " transformers runs such experts with experts_implementation='eager'." if of_expert else ""
         notes.append(
@@ -166,8 +136,11 @@ def slimmed(
     except Exception as error:  # whatever the configuration's own checks raise
         if kind != "llama" or own.get("attention_bias") or own.get("mlp_bias"):
             reason = " ".join(str(error).split())[:200]
-            raise BillhookError(f"{kind} models cannot have that shape: {reason}") from None
-        entries = {**changes[""], **_AS_MISTRAL}
+            raise BillhookError(
+                f"{kind} models cannot have that shape: {reason}{'' if reason.endswith('.') else '.'} Remove another "
+                "share, or other kinds of units."
+            ) from None
+        entries = {**changes[""], **_AS_MISTRAL, "architectures": [type(model).__name__.replace("Llama", "Mistral")]}
         values = {key: x for key, x in {**own, **entries}.items() if key not in ("attention_bias", "mlp_bias")}
         note = "Written as a Mistral model, because a Llama configuration refuses this number of heads; it computes"
         return AutoConfig.for_model(**values), entries, [f"{note} the same."]
@@ -221,9 +194,7 @@ def _changes(config: Any, unit: Unit, count: int) -> dict[str, Any]:
         return _heads(config, unit, count)
     if unit.kind == "experts":
         key = _first(config, _EXPERTS, unit)
-        each = config.num_experts_per_tok
-        each = max(each) if isinstance(each, list) else each
-        if count < each:
+        if count < (each := experts_per_token(config)):
             raise BillhookError(
                 f"{unit.name}: every token goes to {each} experts, so {count} cannot stay. Remove less."
             )
@@ -232,6 +203,12 @@ def _changes(config: Any, unit: Unit, count: int) -> dict[str, Any]:
     held = ((name, getattr(config, name, None)) for name in names)
     same = [name for name, value in held if unit.count in (value if isinstance(value, list) else [value])]
     return {_first(config, [*same, *names], unit): count}
+
+
+def experts_per_token(config: Any) -> int:
+    """To how many experts every token goes; the most of them where blocks differ, 1 for a model without experts."""
+    each = getattr(config, "num_experts_per_tok", None) or 1
+    return max(each) if isinstance(each, list) else int(each)
 
 
 def _of_expert(unit: Unit) -> bool:

@@ -135,8 +135,6 @@ def _with_units(request: "CompressRequest", dry_run: bool, as_json: bool) -> Non
     from billhook.errors import BillhookError
     from billhook.steps.compress_units import discard, prepare_units, run_units
 
-    if dry_run and request.resume:
-        raise BillhookError("--dry-run shows what a new run with --units would do: leave out --resume.")
     with progress("removing units and choosing types") as advance:
         job = prepare_units(request, advance)
     say_notes(job.notes)
@@ -144,17 +142,20 @@ def _with_units(request: "CompressRequest", dry_run: bool, as_json: bool) -> Non
         say(f"{c.share:.1%} of the parameters in blocks removed: predicted divergence {c.predicted:.4f}.")
     if dry_run:
         try:
-            assert job.best.job is not None
+            if job.best.job is None:
+                raise BillhookError("This run has quantized its best candidate: leave out --dry-run.")
             return show_job(job.best.job.quantizing, as_json, keeps=False)
         finally:
-            discard(job)
+            if not request.resume:  # which would delete what the stopped run has made
+                discard(job)
     with progress("quantizing") as advance, graceful_interrupt() as stopping:
         report = run_units(job, advance, stopping)
     found = report.quantized
     say_notes(found.warnings)
     for share, kl in report.measured.items():
         say(f"{share:.1%} removed: measured divergence {kl:.4f}{', which is kept' * (share == report.share)}.")
-    say(f"{found.output}: {found.size:,} bytes of at most {report.budget:,}, {report.share:.1%} of units removed.")
+    gone = f"{report.share:.1%} of the parameters in blocks removed"
+    say(f"{found.output}: {found.size:,} bytes of at most {report.budget:,}, {gone}.")
     if found.loss is not None:
         say(f"{found.loss}.")
     say_next(found.output)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from billhook.cli.common import (
     say_notes,
     split_list,
 )
+
+if TYPE_CHECKING:
+    from billhook.steps.slim_job import SlimReport
 
 NAME = "slim"
 EXAMPLES = """\b
@@ -112,8 +115,28 @@ def command(
     padding = f", {report.padding:.1%} stored as zeros" if report.padding else ""
     gone = f"{report.removed:.1%} of the parameters in blocks removed{padding}"
     say(f"{report.output}: {gone}; {sizes}. {report.seconds:.1f} s.")
+    say(f"{_what_stayed(report) or 'Every unit stays whole'}.")
     if report.loss is not None:
         say(f"{report.loss}.")
     say_next(report.output)
     if as_json:
         emit(report.to_json())
+
+
+def _what_stayed(report: "SlimReport") -> str:
+    """How many parts stayed of the kinds of which some went, and which blocks were dropped."""
+    kinds: dict[str, list[str]] = {}
+    for name in report.kept:
+        kinds.setdefault(name.rpartition(":")[2].replace("heads", "key/value heads"), []).append(name)
+    found = []
+    for kind, names in kinds.items():
+        kept, of = [len(report.kept[name]) for name in names], [report.counts[name] for name in names]
+        if kept != of:
+            found.append(f"{_range(kept)} of {_range(of)} {kind} stay")
+    found += [f"dropped: {', '.join(f'block {i}' for i in report.dropped)}"] if report.dropped else []
+    return "; ".join(found)
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"

@@ -84,8 +84,8 @@ class Plan:
     * `made_by.request.*` (any, optional): the target, bytes, types, allocator and options that `compress` was given,
       the SHA-256 of the `file` whose types were taken, if they were, and the text on which another run measured the
       `levels`, if one did.
-    * `made_by.loss_by_size.*` (number, optional): the predicted loss of a file with a tenth less and a tenth more bytes,
-      by that factor, relative to that of this size.
+    * `made_by.loss_by_size.*` (number, optional): the predicted loss of a file with a tenth less and a tenth more
+      bytes, by that factor, relative to that of this size.
     * `made_by.units.*` (any, optional): of `compress --units`, the `share` of the parameters in blocks that went, and
       by share the divergences `predicted` and `measured`.
     * `made_by.racing.*` (any, optional): if a race chose the plan, the `objective`, the `best` candidate, the mean loss

@@ -111,6 +111,9 @@ def check_room(sizes: Sequence[Size], remove: int) -> None:
 
 
 def _too_much(kinds: str, wanted: float, most: int, least: int = 1) -> BillhookError:
+    if not most:
+        stays = "one must stay in every block" if least == 1 else f"every token goes to {least} experts"
+        return BillhookError(f"No {kinds} can go, because {stays}: name other kinds of units.")
     what = "nothing of them:" if least == 1 else f"too few: every token goes to {least} experts;"
     return BillhookError(
         f"Removing {wanted:,.0f} parameters from {kinds} would leave {what} at most {most:,} can go. "

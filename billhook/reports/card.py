@@ -45,6 +45,7 @@ def card(report: Mapping[str, Any]) -> str:
         metadata=_metadata(report),
         title=f"{model['name']}, {100 * achieved['sparsity']:.3g} % sparse",
         what=f"This is {named} ({model['type']}) with {zeros} set to zero.",
+        smaller=any(line.startswith("slim:") for line in report["steps"]),
         lost=lost_in_words(report),
         asked=report["asked"],
         pattern=report["asked"]["pattern"],
@@ -72,7 +73,15 @@ def lost_in_words(report: Mapping[str, Any]) -> str:
     scale = f"The verdict is that of the KL divergence in nats {each(lost.unit)}: {SCALE}."
     if lost.cosine is not None:
         scale = f"The verdict is that of 1 - cosine: {DISTANCE_SCALE}."
-    return f"Quality: {lost}. {scale}{more}"
+    return f"Quality: {lost}.{before_last([line.partition(':')[0] for line in report['steps']])} {scale}{more}"
+
+
+def before_last(steps: Sequence[str]) -> str:
+    """What is said of the loss of the last of several steps, which is that against the model before it; a training has
+    the original as teacher."""
+    if len(steps) == 1 or steps[-1] == "recover":
+        return ""
+    return f" The dense model there is the one before the last of {len(steps)} steps: {', '.join(steps)}."
 
 
 def _metadata(report: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from billhook.evaluation.quality import SCALE, Loss
 from billhook.plan.storage import bits
-from billhook.reports.card import hub_metadata, table, template
+from billhook.reports.card import before_last, hub_metadata, table, template
 from billhook.reports.report import source_metadata
 from billhook.store.files import untrusted, write_text
 from billhook.store.layout import CARD, RECORD
@@ -39,7 +39,8 @@ def _card(folder: Path) -> str:
         "gguf" if files else "transformers",
     )
     metadata = hub_metadata(source, name, tags, library=library, relation="quantized")
-    lost = record.steps[-1].made_by.get("lost")
+    lost, done = record.steps[-1].made_by.get("lost"), [step.step for step in record.steps]
+    whole = "units" in (step.plan or {}).get("made_by", {})  # both steps are one run, scored against its input
     rows = [[type, f"{bits(type):.2f}", str(types[type])] for type in sorted(types, key=bits, reverse=True)]
     text: str = template("quantized.md.j2", html=False).render(
         metadata=yaml.safe_dump(metadata, allow_unicode=True),
@@ -49,6 +50,7 @@ def _card(folder: Path) -> str:
         types=table(["type", "bits a weight", "layers"], rows),
         outside=made_by.get("outside") or {},
         lost=None if lost is None else str(Loss(**lost)),
+        before="" if whole else before_last(done),
         scale=SCALE,
         gguf=files[0].name if files else None,
         parts=len(files),

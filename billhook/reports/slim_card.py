@@ -4,12 +4,13 @@ and shape.json, the plan of the numbers of parts that stayed, which can be edite
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from billhook.evaluation.quality import SCALE, Loss
 from billhook.plan.plan import Plan
-from billhook.reports.card import hub_metadata, table, template
+from billhook.reports.card import before_last, hub_metadata, table, template
 from billhook.reports.report import source_metadata
 from billhook.store.files import untrusted, write_text
 from billhook.store.layout import CARD, RECORD, SHAPE
@@ -23,8 +24,8 @@ _NAMED = ("heads", "experts")  # kinds of which a model has so few parts in a bl
 class Stayed:
     """What a run of `slim` removed, and a table of what stayed by block (`header` and `rows`).
 
-    Blocks are numbered as before the run. Of the parameters in blocks the fraction `removed` went, and `padding` is
-    stored as zeros.
+    Blocks are numbered as before the run. Of the parameters in the blocks of the first model the fraction `removed`
+    went, in all runs, and `padding` is stored as zeros by this one.
     """
 
     removed: float
@@ -36,7 +37,7 @@ class Stayed:
     @classmethod
     def of(cls, record: Record) -> "Stayed":
         """From the last step that removed units."""
-        made_by = next(step.made_by for step in reversed(record.steps) if step.step == "slim")
+        *earlier, made_by = [step.made_by for step in record.steps if step.step == "slim"]
         kinds = list(dict.fromkeys(name.rpartition(":")[2] for name in made_by["kept"]))
         blocks: dict[int, dict[str, list[str]]] = {block: {} for block in made_by["dropped"]}
         for name in made_by["kept"]:
@@ -48,7 +49,9 @@ class Stayed:
             rows.append([str(number), *(cells if units else ["dropped", *[""] * (len(kinds) - 1)])])
         lost = record.steps[-1].made_by.get("lost")
         header = ["block", *(kinds or ["what stayed"])]
-        return cls(made_by["removed"], made_by.get("padding", 0.0), lost, header, rows)
+        had = prod(1 - run["removed"] for run in earlier)  # of the parameters in blocks, before the last run
+        removed = 1 - had + had * made_by["removed"]
+        return cls(removed, had * made_by.get("padding", 0.0), lost, header, rows)
 
     def to_json(self) -> dict[str, Any]:
         """The facts of `report --json`."""
@@ -94,7 +97,7 @@ def _card(folder: Path, record: Record) -> str:
     import yaml
 
     source, stayed = source_metadata(folder), Stayed.of(record)
-    made_by = next(step.made_by for step in reversed(record.steps) if step.step == "slim")
+    *earlier, made_by = [step.made_by for step in record.steps if step.step == "slim"]
     trained = [step.made_by for step in record.steps if step.step == "recover"]
     name = record.steps[0].model["name"]
     metadata = hub_metadata(source, name, ["billhook", "pruned"], library="transformers")
@@ -104,8 +107,10 @@ def _card(folder: Path, record: Record) -> str:
         removed=f"{stayed.removed:.1%}",
         padding=f"{stayed.padding:.1%}" if stayed.padding else "",
         size=f"{result_bytes(folder):,}",
+        numbered="before the last removal" if earlier else "in the original",
         units=table(stayed.header, stayed.rows),
         lost=None if stayed.lost is None else str(Loss(**stayed.lost)),
+        before=before_last([step.step for step in record.steps]),
         scale=SCALE,
         method=made_by["method"],
         experts=made_by.get("experts"),

@@ -40,7 +40,7 @@ from billhook.steps.quantize import open_blocks
 from billhook.steps.quantize_job import QuantizeReport
 from billhook.steps.request import Opened, check_text_given, draw_text, identity
 from billhook.steps.saved_levels import resume_advice
-from billhook.steps.sizes import Size
+from billhook.steps.sizes import Size, TooSmall
 from billhook.steps.slim import prepare as prepare_slim
 from billhook.steps.slim import run as run_slim
 from billhook.steps.slim_job import SlimRequest
@@ -142,12 +142,12 @@ def prepare_units(request: CompressRequest, progress: Progress = lambda line: No
             try:
                 with resume_advice(folder, _AGAIN):
                     candidates.append(_candidate(request, kinds, share, budget, folder / f"share-{share:g}", progress))
-            except JobError:
-                raise
             except BillhookError as problem:
+                if isinstance(problem, JobError) or not (share or isinstance(problem, TooSmall)):
+                    raise  # that other shares would not mend
                 problems[share] = problem
-        if not candidates:
-            raise problems[SHARES[-1]]  # which has the least to store
+        if not candidates:  # the last has the least to store
+            raise next(x for x in reversed(problems.values()) if isinstance(x, TooSmall))
     except JobError:
         raise
     except BillhookError:

@@ -102,6 +102,10 @@ def allowed_types(target: str, given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(chosen)) or possible
 
 
+class TooSmall(BillhookError):
+    """A size below that of the file with the smallest types."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What the file consists of: `budget` bytes, `fixed` of which are taken by everything that is not quantized.
@@ -124,7 +128,7 @@ class Sizes:
         """The sizes for a request and the types to choose from; `parts` are the layers' places on disk, and `form` that
         of a GGUF file (`GgufInputs.gguf_form`).
 
-        Raises BillhookError for a budget that cannot be met, with the least possible size and what takes it.
+        Raises TooSmall for a budget that cannot be met, with the least possible size and what takes it.
         """
         stream = opened.resources.stream
         assert stream is not None
@@ -156,7 +160,7 @@ class Sizes:
             found = _Least(layers, around, fixed, sorted(set(least.values())), parameters)
             left = "" if memory is None else f"In {memory.total + budget:,} bytes {memory}. "
             refused = found.refusal(budget, target, whole=len(types) == len(allowed_types(target, ())))
-            raise BillhookError(left + refused)
+            raise TooSmall(left + refused)
         near = _near(menus, shapes, budget - fixed, [(outside[name], m) for name, m in outside_menus.items()])
         return cls(budget, fixed, near, outside, outside_menus, memory)
 

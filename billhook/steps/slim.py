@@ -16,7 +16,8 @@ import torch
 
 from billhook.ambient import pinned
 from billhook.architectures.gguf_config import new_shape_note
-from billhook.architectures.slim_config import check_blocks, shape_notes, slimmed, stored_counts
+from billhook.architectures.slim_blocks import check_blocks
+from billhook.architectures.slim_config import shape_notes, slimmed, stored_counts
 from billhook.distributed.collectives import barrier, gather
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult
@@ -42,9 +43,11 @@ from billhook.steps.slim_files import Smaller, SmallerFiles
 from billhook.steps.slim_job import SlimJob, SlimReport, SlimRequest, kept_parts, record
 from billhook.steps.slim_plan import check_plan, dropped_by, kinds_in, kinds_of
 from billhook.steps.state import partial_folder, unfinished_run
-from billhook.store.files import read_json, write_json
+from billhook.store.checkpoint import check_directory
+from billhook.store.files import copy_files, read_json, write_json
 from billhook.store.output import absolute
 from billhook.store.shards import result_bytes, weight_bytes, without_missing_entry, write_index
+from billhook.tasks.opening import task_of_config
 
 _NEAR = 0.01  # of the parameters in blocks: a share that is so far from what was asked needs no note
 
@@ -71,19 +74,12 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
     """Check everything about a request, cheapest first, and make its plan; nothing is changed."""
     STRUCTURED.check(request.method)
     given = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
-    kinds = kinds_of(request.units) if given is None else kinds_in(given)
+    asked = kinds_of(request.units)
+    kinds = asked if given is None else kinds_in(given)
     EXPERTS.check(request.experts)
     allocation, options = UnitAllocation.of(request, kinds)
     removal = Removal(request.method, options)
-    if (given is None) == (request.remove is None):
-        raise BillhookError("Give either the fraction of the parameters in blocks to remove, or a plan of kept parts.")
-    if request.remove is not None and not 0 < request.remove < 1:
-        raise BillhookError(f"The fraction to remove must be between 0 and 1, got {request.remove}.")
-    if kinds == ["blocks"] and (request.allocator or request.shape):
-        raise BillhookError(
-            "An allocator and a shape say how much the units of each block lose, and blocks go whole: leave them out, "
-            "or name other kinds of units too. drop_by says how blocks are chosen."
-        )
+    _check_asked(request, kinds, given is not None)
     choosing = given is None and bool({"blocks", AUTO} & set(kinds) or allocation.needs_text)
     _check_text_given(request, kinds, removal, choosing)
     opened = open_model(request.model_request(), streamed=True)
@@ -98,7 +94,7 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
     if given is None and choosing:
         opened = draw_text(opened, request.model_request(), progress)
     if given is not None:
-        plan = check_plan(given, units_of(opened, kinds_in(given)), stream.prefixes, request.shape)
+        plan = check_plan(given, units_of(opened, kinds_in(given)), stream.prefixes, request.shape, asked)
     elif kinds == [AUTO]:
         checked = partial(_checked_job, request, opened, removal)
         plan = choose_kinds(request, opened, removal, allocation, checked, progress)
@@ -106,6 +102,22 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
         plan = choose_plan(request, opened, kinds, removal, allocation, progress)
     plan = gather(plan)[0]  # that of process 0, because sums differ in their last bits
     return _checked_job(request, opened, removal, plan, progress)
+
+
+def _check_asked(request: SlimRequest, kinds: Sequence[str], planned: bool) -> None:
+    """Raise BillhookError where it is not clear how much goes, or options contradict each other."""
+    if planned == (request.remove is not None):
+        raise BillhookError(
+            "Give either the fraction of the parameters in blocks to remove (--remove 0.25), or a plan of kept parts "
+            "(--plan FILE)."
+        )
+    if request.remove is not None and not 0 < request.remove < 1:
+        raise BillhookError(f"The fraction to remove must be between 0 and 1 (0.25 is 25%), got {request.remove}.")
+    if kinds == ["blocks"] and (request.allocator or request.shape):
+        raise BillhookError(
+            "An allocator and a shape say how much the units of each block lose, and blocks go whole: leave them out, "
+            "or name other kinds of units too. drop_by says how blocks are chosen."
+        )
 
 
 def _check_text_given(request: SlimRequest, kinds: Sequence[str], removal: Removal, choosing: bool) -> None:
@@ -203,7 +215,7 @@ def run(
         partial.complete(made, _finish(job, files, source), published=publish_slim, model=smaller.stream.model)
     return SlimReport(
         output=output, kept=kept_parts(job, results), counts={unit.name: unit.count for unit in job.units},
-        removed=job.removed / sum(job.parameters), padding=job.padding / sum(job.parameters),
+        dropped=gone, removed=job.removed / sum(job.parameters), padding=job.padding / sum(job.parameters),
         size=result_bytes(output), source_size=weight_bytes(source), seconds=time.perf_counter() - start,
         loss=loss, warnings=made["steps"][-1]["warnings"],
     )  # fmt: skip
@@ -235,8 +247,11 @@ def _finish(job: SlimJob, files: SmallerFiles, source: Path) -> Callable[[Path],
         write_index(folder, files.files)
         config = read_json(source / "config.json", "model configuration", own=False)
         write_json(folder / "config.json", without_missing_entry({**config, **job.config}, folder), own=False)
+        trusted = job.request.trust_remote_code
+        copy_files(source, folder, lambda path: trusted and path.suffix == ".py")
+        kind = task_of_config(folder, check_directory(folder)).auto_class  # a decoder without a head has another
         dtype, device = job.opened.model.dtype, str(job.opened.model.device)
-        written = open_streamed(folder, job.opened.task.auto_class, dtype=dtype, device=device)
+        written = open_streamed(folder, kind, dtype=dtype, device=device, trust_remote_code=trusted)
         check_same_predictions(job.opened, written.model, job.smaller.blocks)
         return job.config
 

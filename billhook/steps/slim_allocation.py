@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from billhook.architectures.layers import Layer, find_layers
+from billhook.architectures.slim_config import experts_per_token
 from billhook.architectures.units import Unit
 from billhook.engine.batch import rows_of
 from billhook.engine.removal import Removal
@@ -152,7 +153,7 @@ def _fractions(
 
 def sizes_of(units: Sequence[Unit], config: Any) -> list[Size]:
     """The sizes of units; at least as many experts stay as every token goes to."""
-    least = {"experts": getattr(config, "num_experts_per_tok", None) or 1}
+    least = {"experts": experts_per_token(config)}
     names = {unit.name for unit in units}
     inside = {unit.name: f"{unit.name.rpartition('.experts.')[0]}:experts" for unit in units}
     inside = {name: experts for name, experts in inside.items() if experts in names}

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from billhook.architectures.config import text_config
-from billhook.architectures.slim_config import check_blocks, check_per_layer
+from billhook.architectures.slim_blocks import check_blocks
+from billhook.architectures.slim_config import check_per_layer
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit, find_units
 from billhook.engine.removal import Removal

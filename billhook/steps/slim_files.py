@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.slicing import Cuts, cuts_of, with_zeros, without, zeroed
-from billhook.architectures.stacks import blocks_of
+from billhook.architectures.slim_blocks import reshaped
 from billhook.architectures.units import Unit
 from billhook.engine.streaming import Stream, stream_of
 from billhook.errors import BillhookError
@@ -87,7 +87,9 @@ class Smaller:
             fewer = [unit.kind for unit in units if counts[unit.name] < unit.count]
             fewer += ["blocks"] if len(blocks) < len(source.blocks) else []
             kinds = " and ".join(dict.fromkeys(fewer))
-            reason = _reshaped(model, config) or "their configuration does not give the shapes that are left"
+            kept = [(b, name, x) for b in blocks for name, x in source.state(b).items() if name not in cuts]
+            whole = {_renamed(name, source, b, blocks): x.shape for b, name, x in kept}
+            reason = _reshaped(model, config, whole)
             who = f"{model.config.model_type} models cannot have fewer {kinds}"
             raise BillhookError(f"{who}: {reason}.") from None
 
@@ -129,21 +131,22 @@ class Smaller:
             }
 
 
-def _reshaped(model: PreTrainedModel, config: Any) -> str:
-    """Which weight outside of the blocks would have another shape by a configuration; empty where none would."""
-    inside = tuple(f"{name}." for name in blocks_of(model))
+def _reshaped(model: PreTrainedModel, config: Any, whole: Mapping[str, torch.Size]) -> str:
+    """Which weight outside of the blocks, or of those inside that stay `whole`, would have another shape by a
+    configuration, and what to do."""
+    advice, same = "name other kinds of units", "size from the same entry of their configuration"
     try:
         with torch.device("meta"):
-            shapes = {name: value.shape for name, value in type(model)(config).state_dict().items()}
+            made = type(model)(config)
     except Exception:  # whatever the class raises for numbers that do not fit together
-        return ""
-    for name, value in model.state_dict().items():
-        if not name.startswith(inside) and shapes.get(name, value.shape) != value.shape:
-            return (
-                f"{name}, which is outside of the blocks, has its size from the same entry of their configuration; "
-                "other stacks can be chosen with --stacks"
-            )
-    return ""
+        return f"their configuration does not give the shapes that are left; {advice}"
+    if (name := reshaped(model, made)) is not None:
+        return f"{name}, which is outside of the blocks, has its {same}; other stacks can be chosen with --stacks"
+    shapes = {name: value.shape for name, value in made.state_dict().items()}
+    for name, shape in whole.items():
+        if shapes.get(name, shape) != shape:
+            return f"{name}, of which nothing goes, has its {same}; {advice}"
+    return f"their configuration does not give the shapes that are left; {advice}"
 
 
 def _filled(kept: Tensor, count: int) -> Tensor:

@@ -95,7 +95,7 @@ class SlimJob:
 
 @dataclass(frozen=True)
 class SlimReport:
-    """What a run did; `kept` says what stayed.
+    """What a run did; `kept` says what stayed of each unit, `dropped` which blocks went, by number.
 
     Of the parameters in blocks, the fraction `removed` went, and the fraction `padding` is stored as zeros.
     """
@@ -103,6 +103,7 @@ class SlimReport:
     output: Path
     kept: Mapping[str, list[int]]
     counts: Mapping[str, int]
+    dropped: Sequence[int]
     removed: float
     padding: float
     size: int
@@ -123,6 +124,7 @@ class SlimReport:
             "lost": loss_json(self.loss),
             "warnings": self.warnings,
             "units": {name: {"kept": len(kept), "of": self.counts[name]} for name, kept in self.kept.items()},
+            "dropped": list(self.dropped),
         }
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from billhook.architectures.units import KINDS, Unit
 from billhook.errors import BillhookError
+from billhook.plan.allocators import AUTO
 from billhook.plan.plan import Plan
 from billhook.registry import hint
 
@@ -17,9 +18,9 @@ _BLOCK = ":blocks"  # ends the name of a block as a unit
 def kinds_of(given: str | Sequence[str]) -> list[str]:
     """The kinds of units in a request, or ["auto"]; raises BillhookError for unknown or repeated ones."""
     kinds = [x.strip() for x in given.split(",")] if isinstance(given, str) else list(given)
-    if kinds == ["auto"]:
+    if kinds == [AUTO]:
         return kinds
-    if "auto" in kinds:
+    if AUTO in kinds:
         raise BillhookError("The kind of units 'auto' stands alone: it tries all kinds. Leave out it or the others.")
     for kind in kinds:
         if kind not in KINDS:
@@ -58,10 +59,14 @@ def dropped_by(plan: Plan, blocks: Sequence[str]) -> dict[str, int]:
     return {name: index for index, name in enumerate(blocks) if plan.units.get(block_unit(name)) == 0}
 
 
-def check_plan(plan: Plan, units: Sequence[Unit], blocks: Sequence[str], shape: str = "") -> Plan:
-    """A given plan in which units of the kinds that it names stay whole where it does not name them.
+def check_plan(
+    plan: Plan, units: Sequence[Unit], blocks: Sequence[str], shape: str = "", kinds: Sequence[str] = (AUTO,)
+) -> Plan:
+    """A given plan in which units of the kinds that it names stay whole where it does not name them, without those of
+    blocks that it drops.
 
-    Raises BillhookError where it names other units or blocks, or differs by block although the `shape` is uniform.
+    Raises BillhookError where it names other units or blocks, removes others than of these `kinds`, or differs by block
+    although the `shape` is uniform.
     """
     known = {unit.name: unit.count for unit in units} | {block_unit(name): 1 for name in blocks}
     if plan.weights or not plan.units:
@@ -71,11 +76,16 @@ def check_plan(plan: Plan, units: Sequence[Unit], blocks: Sequence[str], shape: 
             raise BillhookError(f"The plan is not for this model: it has no unit {name}.{hint(name, known)}")
         if not (0 if name.endswith(_BLOCK) else 1) <= count <= known[name]:
             raise BillhookError(f"{name}: {count} parts cannot stay of {known[name]}; at least one must.")
+        if count < known[name] and AUTO not in kinds and name.rpartition(":")[2] not in kinds:
+            raise BillhookError(
+                f"The plan removes parts of {name}, and --units names {' and '.join(kinds)} only: leave out --units."
+            )
     if len(dropped_by(plan, blocks)) == len(blocks):
         raise BillhookError("The plan drops every block: at least one must stay.")
     gone = dropped_by(plan, blocks).values()
     whole = {unit.name: unit.count for unit in units if unit.block not in gone}
-    plan = replace(plan, units={**plan.units, **{name: n for name, n in whole.items() if name not in plan.units}})
+    named = {name: n for name, n in plan.units.items() if name in whole or n == 0}
+    plan = replace(plan, units={**named, **{name: n for name, n in whole.items() if name not in named}})
     alike: dict[tuple[str, int], set[int]] = {}
     for unit in units if shape == "uniform" else ():
         if unit.name in whole:

@@ -114,9 +114,12 @@ def check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
 
 
 def check_loads(path: Path, tensors: int) -> None:
-    """Raise BillhookError unless `transformers` loads the configuration of a model of so many tensors (0: unknown)."""
+    """Raise BillhookError unless `transformers` loads the configuration of a model of so many tensors (0: unknown); one
+    that needs the model's own Python code is not loaded."""
     config = model_config(path)
     check_depth(path, config, tensors or _MOST_BLOCKS)
+    if "AutoConfig" in (config.get("auto_map") or {}) and config.get("model_type") not in transformers.CONFIG_MAPPING:
+        return
     with loading(path / "config.json"):
         transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 

@@ -185,6 +185,7 @@ def test_the_report_of_a_slimmed_model_says_what_stayed_and_its_shape_can_be_giv
     heads, channels = (kept[f"model.layers.0.{unit}"] for unit in ("self_attn:heads", "mlp:channels"))
     assert re.search(rf"^0 +{len(heads)} of 2: .* +{len(channels)} of 64$", shown.out, re.MULTILINE)
     assert "KL divergence" in shown.err
+    assert f"{len(heads)} of 2 key/value heads stay; {len(channels)} of 64 channels stay." in ran.err
     assert f" {len(channels)} of 64 |" in (tmp_path / "small" / "README.md").read_text()
     assert done("report", tmp_path / "small", "--json").json["removed"] == ran.json["removed"]
     done("verify", tmp_path / "small")

@@ -52,3 +52,10 @@ def test_per_layer_counts_leave_at_least_what_must_stay():
     assert per_layer_counts(sizes, 100, {"a": 1.0, "b": 0.0}) == {"a": 2, "b": 4}
     with pytest.raises(BillhookError, match="every token goes to 2 experts; at most 120 can go"):
         per_layer_counts(sizes, 130, {"a": 1.0, "b": 1.0})
+
+
+@pytest.mark.parametrize(("kind", "count", "least"), [("heads", 1, 1), ("experts", 4, 4)])
+def test_a_kind_that_can_give_nothing_at_all_is_named(kind, count, least):
+    sizes = [Size("a", kind, 0, count, 100, least=least), Size("b", "channels", 0, 64, 10)]
+    with pytest.raises(BillhookError, match=f"No {kind} can go, because .*: name other kinds of units"):
+        uniform_counts(sizes, 400, proportional(sizes, [kind, "channels"]))

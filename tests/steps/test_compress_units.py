@@ -105,6 +105,14 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_and_only_as_it_was_started(tmp_
     assert contents(report.quantized.output) == contents(whole.quantized.output)
 
 
+def test_a_mistake_that_no_share_would_mend_is_said_before_units_are_removed(tmp_path, source):
+    finished: list[str] = []
+    with pytest.raises(BillhookError, match="gguf files cannot hold q4_9"):
+        prepare_units(request(source, tmp_path / "out", bits=4, types=("q4_9",)), finished.append)
+    assert not any("experts" in unit for unit in finished)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -10,12 +11,12 @@ import tiny
 import torch
 from command import contents
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from billhook import prune
 from billhook.architectures.units import find_units
 from billhook.errors import BillhookError, Interrupted
-from billhook.plan.plan import Budget, Plan
+from billhook.plan.plan import Budget, Plan, load_plan
 from billhook.steps.quantize import quantize
 from billhook.steps.slim import SlimRequest, prepare, run, slim
 from billhook.steps.slim_estimate import estimate_slim
@@ -106,13 +107,16 @@ def entries(folder: Path, number: int):
     return read_shard(folder / f"model-0000{number}-of-00004.safetensors").entries.values()
 
 
-def test_a_llama_with_heads_that_do_not_divide_its_width_is_written_as_mistral(tmp_path):
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_llama_with_heads_that_do_not_divide_its_width_is_written_as_mistral(tmp_path, decoder):
     model = tiny.llama(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
-    source = tiny.save(tmp_path / "model", model, words=False)
-    plan = Plan(Budget("parameters", 1), {}, dict.fromkeys([f"model.layers.{i}.self_attn:heads" for i in (0, 1)], 3))
+    source = tiny.save(tmp_path / "model", model.model if decoder else model, words=False)
+    prefix = "layers" if decoder else "model.layers"
+    plan = Plan(Budget("parameters", 1), {}, dict.fromkeys([f"{prefix}.{i}.self_attn:heads" for i in (0, 1)], 3))
     report = slim(source, None, tmp_path / "out", plan=plan, calibration=IDS)
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(small).__name__ == "MistralForCausalLM"
+    small = (AutoModel if decoder else AutoModelForCausalLM).from_pretrained(tmp_path / "out")
+    assert type(small).__name__ == ("MistralModel" if decoder else "MistralForCausalLM")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [type(small).__name__]
     assert "Written as a Mistral model" in report.warnings[0]
     assert verify(tmp_path / "out").ok
 
@@ -197,6 +201,15 @@ def test_the_written_plan_gives_the_same_model_again(tmp_path, source, whole):
     assert [tensors(again, n) == tensors(whole, n) for n in range(1, 5)] == [True] * 4
 
 
+def test_a_plan_to_which_a_block_that_goes_was_added_is_carried_out(tmp_path, source, whole):
+    plan = load_plan(whole / "shape.json")
+    edited = replace(plan, units={**plan.units, "model.layers.1:blocks": 0, "model.layers.2:blocks": 1})
+    report = slim(source, None, tmp_path / "out", plan=edited, calibration=IDS)
+    assert report.dropped == [1]
+    assert not any(name.startswith("model.layers.1.") for name in report.kept)
+    assert verify(tmp_path / "out").ok
+
+
 def tensors(folder: Path, number: int) -> bytes:
     return (folder / f"model-0000{number}-of-00004.safetensors").read_bytes()
 
@@ -245,6 +258,7 @@ def test_a_share_that_whole_units_do_not_meet_is_said(tmp_path, source, remove, 
         ({"calibration": None}, "Removing units with obs needs activations"),
         ({"remove": None, "plan": kept({FIRST: 8, FIRST.replace("0", "9"): 8})}, "no unit"),
         ({"remove": None, "plan": kept({FIRST: 0})}, "cannot stay"),
+        ({"remove": None, "plan": kept({FIRST: 8}), "units": "heads"}, "removes parts of .*, and units names heads"),
     ],
 )  # fmt: skip
 def test_an_impossible_request_is_refused_before_anything_is_written(tmp_path, source, change, match):

@@ -14,6 +14,7 @@ from billhook.steps.export import export_gguf
 from billhook.steps.pack import pack
 from billhook.steps.slim import slim
 from billhook.steps.verify import verify
+from billhook.store.record import read_record
 
 IDS = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(0))
 
@@ -46,3 +47,19 @@ def test_it_is_pruned_packed_and_compressed_and_every_result_is_verified(tmp_pat
         small, output=tmp_path / "bits", ratio=0.9, target="vllm", types=("int4/16", "int8/16"), calibration=IDS
     )
     assert verify(report.quantized.output).ok
+
+
+@pytest.mark.gate
+def test_the_cards_of_several_steps_count_all_of_them_and_say_what_the_last_was_compared_with(tmp_path, small):
+    again = slim(small, 0.2, tmp_path / "again", units="channels", method="wanda_sp", calibration=IDS).output
+    shares = [step.made_by["removed"] for step in read_record(again / "billhook.json").steps]
+    card = (again / "README.md").read_text()
+    assert f"without {1 - (1 - shares[0]) * (1 - shares[1]):.1%} of the parameters in its blocks" in card
+    assert "numbered as before the last removal" in card
+    assert "The dense model there is the one before the last of 2 steps: slim, slim." in card
+    assert "numbered as in the original" in (small / "README.md").read_text()
+    assert "The dense model there" not in (small / "README.md").read_text()
+    pruned = prune(small, output=tmp_path / "pruned", sparsity=0.5, recipe="fast", calibration=IDS).output
+    card = (pruned / "README.md").read_text()
+    assert "the last of 2 steps: slim, prune." in card
+    assert "Parts of the blocks were removed" in card

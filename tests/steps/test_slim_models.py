@@ -164,3 +164,26 @@ def test_parts_that_the_model_computes_something_else_of_are_refused_by_name(tmp
     source = tiny.save(tmp_path / "model", model, words=False)
     with pytest.raises(BillhookError, match=reason):
         slim(source, 0.2, tmp_path / "out", units=units, calibration=IDS)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "made_up"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_a_model_with_its_own_code_is_written_with_it(tmp_path):
+    source = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2), words=False)
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "made_up", "architectures": ["Model"]}
+    config["auto_map"] = {"AutoConfig": "made_up.Config", "AutoModelForCausalLM": "made_up.Model"}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "made_up.py").write_text(CODE)
+    report = slim(source, 0.2, tmp_path / "out", units="channels", method="magnitude", trust_remote_code=True)
+    assert (report.output / "made_up.py").read_text() == CODE
+    assert AutoModelForCausalLM.from_pretrained(report.output, trust_remote_code=True).config.intermediate_size < 64
+    assert verify(report.output).ok

@@ -225,6 +225,8 @@ def test_a_router_that_chooses_groups_of_experts_first_is_refused_unless_it_has_
         with pytest.raises(BillhookError, match="gate first chooses among 2 groups of experts"):
             slim(source, 0.1, tmp_path / "out", units="experts", calibration=IDS)
         return
+    with pytest.raises(BillhookError, match=r"shared_experts\.\w+\.weight, of which nothing goes, .*; name other"):
+        slim(source, 0.1, tmp_path / "out", units="channels", method="magnitude")
     report = slim(source, 0.1, tmp_path / "out", units="experts", calibration=IDS)
     assert report.removed > 0.05
     assert verify(tmp_path / "out").ok
@@ -245,6 +247,13 @@ def test_a_width_that_8_does_not_divide_is_said(tmp_path, source):
     plan = Plan(Budget("parameters", 1), {}, {f"model.layers.{i}.mlp:channels": 31 for i in range(3)})
     notes = prepare(SlimRequest(source, tmp_path / "out", plan=plan, method="magnitude")).notes
     assert any("31 of 64 channels are stored, which 8 does not divide" in note for note in notes)
+
+
+def test_a_width_that_stays_is_not_remarked_on(tmp_path):
+    odd = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2, intermediate_size=61), words=False)
+    plan = Plan(Budget("parameters", 1), {}, {f"model.layers.{i}.self_attn:heads": 1 for i in range(2)})
+    plan.units["model.layers.0.mlp:channels"] = 61
+    assert prepare(SlimRequest(odd, tmp_path / "out", plan=plan, method="magnitude")).notes == []
 
 
 @pytest.mark.parametrize(("family", "unit", "said"), [("qwen2", "heads", True), ("qwen3", "heads", False)])
