@@ -9,7 +9,6 @@ from billhook.store.layout import LEVELS
 
 if TYPE_CHECKING:
     from billhook.steps.quantize_job import QuantizeJob
-    from billhook.store.output import absolute
 
 
 def show_job(job: "QuantizeJob", as_json: bool, *, keeps: bool = True) -> None:
@@ -17,6 +16,7 @@ def show_job(job: "QuantizeJob", as_json: bool, *, keeps: bool = True) -> None:
     from billhook.steps.sample_quantize import estimate_quantize_time
     from billhook.steps.state import partial_folder
     from billhook.steps.types import plan_types
+    from billhook.store.output import absolute
 
     needed, types, layers = estimate_quantize_time(job), plan_types(job.plan), job.opened.layers
     kept = partial_folder(absolute(job.request.output)) / LEVELS

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
+from billhook.ambient import same_random_numbers
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import all_reduce_
 from billhook.engine.batch import select_rows
@@ -79,12 +80,13 @@ class BlockOrder:
         """The block without which the model loses least, beside those that are dropped already."""
         model, names, fresh = self._opened.model, list(blocks_of(self._opened.model)), dict[int, float]()
         _drop(blocks, self._order)
-        inputs = [list(block.inputs) for block in walk(model, reference.batches)]
+        with same_random_numbers():
+            inputs = [list(block.inputs) for block in walk(model, reference.batches)]
         for index in sorted(self._losses, key=self._losses.__getitem__):
             if fresh and self._losses[index] >= min(fresh.values()):
                 break
             _drop(blocks, {*self._order, *range(index + 1)})
-            with _passing_on(model, index, inputs[0], inputs[index]):
+            with same_random_numbers(), _passing_on(model, index, inputs[0], inputs[index]):
                 kl = reference.compare(model).kl
             fresh[index] = float("inf") if kl is None else kl
             self._progress(f"{len(self._order) + 1} to drop, {names[index]}")

@@ -170,7 +170,7 @@ CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
 class Config(LlamaConfig):
-    model_type = "made_up"
+    model_type = "with_own_code"
 
 class Model(LlamaForCausalLM):
     config_class = Config
@@ -179,11 +179,14 @@ class Model(LlamaForCausalLM):
 
 def test_a_model_with_its_own_code_is_written_with_it(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2), words=False)
-    config = json.loads((source / "config.json").read_text()) | {"model_type": "made_up", "architectures": ["Model"]}
-    config["auto_map"] = {"AutoConfig": "made_up.Config", "AutoModelForCausalLM": "made_up.Model"}
+    config = json.loads((source / "config.json").read_text()) | {
+        "model_type": "with_own_code",
+        "architectures": ["Model"],
+    }
+    config["auto_map"] = {"AutoConfig": "with_own_code.Config", "AutoModelForCausalLM": "with_own_code.Model"}
     (source / "config.json").write_text(json.dumps(config))
-    (source / "made_up.py").write_text(CODE)
+    (source / "with_own_code.py").write_text(CODE)
     report = slim(source, 0.2, tmp_path / "out", units="channels", method="magnitude", trust_remote_code=True)
-    assert (report.output / "made_up.py").read_text() == CODE
+    assert (report.output / "with_own_code.py").read_text() == CODE
     assert AutoModelForCausalLM.from_pretrained(report.output, trust_remote_code=True).config.intermediate_size < 64
     assert verify(report.output).ok
