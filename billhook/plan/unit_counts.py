@@ -116,8 +116,8 @@ def _too_much(kinds: str, wanted: float, most: int, least: int = 1) -> BillhookE
         return BillhookError(f"No {kinds} can go, because {stays}: name other kinds of units.")
     what = "nothing of them:" if least == 1 else f"too few: every token goes to {least} experts;"
     return BillhookError(
-        f"Removing {wanted:,.0f} parameters from {kinds} would leave {what} at most {most:,} can go. "
-        "Remove less, or from more kinds of units."
+        f"Removing {wanted:,.0f} parameters from {kinds} would leave {what} at most {most:,} can go, "
+        f"{most / wanted:.1%} of that. Remove less, or from more kinds of units."
     )
 
 
