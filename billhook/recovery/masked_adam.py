@@ -30,7 +30,7 @@ class MaskedAdam:
 
     def __init__(self, kept: Sequence[Trained], *, betas: tuple[float, float] = BETAS, clip: float = CLIP) -> None:
         self.kept, self._clip = kept, clip
-        self.masters = [nn.Parameter(k.values().clone(), requires_grad=False) for k in kept]
+        self.masters = [nn.Parameter(k.values(), requires_grad=False) for k in kept]
         self.sharded = are_sharded(kept)
         known, measured = [k.size for k in kept], _sizes(self.masters, self.sharded)
         self.sizes = [size if own is None else own for own, size in zip(known, measured, strict=True)]

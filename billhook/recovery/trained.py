@@ -48,7 +48,7 @@ class Trained(Protocol):
         ...
 
     def values(self) -> Tensor:
-        """The numbers as they are, a float32 vector."""
+        """A copy of the numbers, a float32 vector."""
         ...
 
     def gradient(self, gradient: Tensor) -> Tensor:
@@ -93,8 +93,9 @@ class Kept:
         return flat.index_fill_(0, self._positions.long(), True).view(entries.shape)
 
     def values(self) -> Tensor:
-        """The kept entries."""
-        return self.gradient(self.parameter).clone()
+        """A copy of the kept entries."""
+        entries = self.gradient(self.parameter)
+        return entries.clone() if self._positions is None else entries
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """The kept entries of a gradient, in its memory where all are kept."""
@@ -115,7 +116,8 @@ class Kept:
 
     def came_back(self) -> int:
         """How many other entries are not zero."""
-        return int(torch.count_nonzero(local(self.parameter.detach())) - torch.count_nonzero(self.values()))
+        everywhere, kept = local(self.parameter.detach()), self.gradient(self.parameter)
+        return int(torch.count_nonzero(everywhere) - torch.count_nonzero(kept))
 
 
 def _narrow(positions: Tensor) -> Tensor:
@@ -166,8 +168,8 @@ class Scaled:
         return Quantized(self._grid, self._codes, self._grid.decoded(parts))
 
     def values(self) -> Tensor:
-        """The numbers."""
-        return self._values
+        """A copy of the numbers."""
+        return self._values.clone()
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """The gradient by the numbers, through the decoded weight."""

@@ -79,8 +79,8 @@ class Allocation:
         return Path(self.name[len(LIKE) :]).expanduser() if self.name.startswith(LIKE) else None
 
     @property
-    def published(self) -> str:
-        """Its name, with that of a file but not its folder."""
+    def recorded(self) -> str:
+        """Its name in records, with that of a file but not its folder."""
         return self.name if self.file is None else f"{LIKE}{self.file.name}"
 
     @property

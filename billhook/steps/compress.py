@@ -165,7 +165,7 @@ def check(request: CompressRequest, progress: Progress = lambda line: None) -> C
     if request.target != "gguf":
         check_opens(opened, parts, {name: menu[0] for name, menu in sizes.menus.items()})
     asked: dict[str, Any] = {"target": request.target, "bytes": sizes.budget, "types": types}
-    asked |= {"allocator": allocation.published, "options": dict(allocation.options)}
+    asked |= {"allocator": allocation.recorded, "options": dict(allocation.options)}
     asked |= {"file": allocation.file and sha256(allocation.file)}
     asked |= {"levels": allocation.levels and step_with_levels(allocation.levels)[0].made_by["calibration"]}
     plan = _stopped_plan(request, asked)
