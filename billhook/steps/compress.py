@@ -104,7 +104,7 @@ class CompressReport:
         return {
             **self.quantized.to_json(),
             "budget": self.budget,
-            "outlook": {str(k): v for k, v in self.loss_by_size.items()},
+            "loss_by_size": {str(k): v for k, v in self.loss_by_size.items()},
             "context": None if self.memory is None else asdict(self.memory),
         }
 

@@ -15,7 +15,7 @@ from billhook.methods.quantize.grid import Grid
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan
-from billhook.steps.facts import versions
+from billhook.steps.facts import computed_in, versions
 from billhook.steps.inputs import GgufInputs, ModelRequest, listed
 from billhook.steps.parts import Parts, part_types, where
 from billhook.steps.record import layer_notes, left_alone, refilled_notes, without_folders
@@ -166,7 +166,8 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
         "recipe": request.recipe,
         "outside": dict(job.outside),
         "quantizer_options": without_folders(job.method.options),
-        **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
+        "seed": request.seed,
+        **computed_in(opened.model),
         **request.selection,
         "stacks": listed(request.stacks) or [opened.task.stacks],
         "imatrix": job.identity["imatrix"],

@@ -15,7 +15,7 @@ from billhook.methods.structured import STRUCTURED
 from billhook.plan.plan import Plan
 from billhook.plan.unit_counts import Shape
 from billhook.steps.block_choice import BlockChoice
-from billhook.steps.facts import versions
+from billhook.steps.facts import computed_in, versions
 from billhook.steps.inputs import Inputs, ModelRequest
 from billhook.steps.record import layer_notes, place, without_folders
 from billhook.steps.request import Opened, calibration_facts
@@ -152,7 +152,8 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
         },
         "removed": job.removed / sum(job.parameters),
         "padding": job.padding / sum(job.parameters),
-        **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
+        "seed": request.seed,
+        **computed_in(opened.model),
         "calibration": calibration_facts(opened),
         "papers": {"method": STRUCTURED.paper(request.method)},
         "lost": loss_json(loss),

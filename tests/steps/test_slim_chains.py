@@ -12,6 +12,7 @@ from billhook.plan.plan import Budget, Plan
 from billhook.steps.compress_units import compress
 from billhook.steps.export import export_gguf
 from billhook.steps.pack import pack
+from billhook.steps.quantize import quantize
 from billhook.steps.slim import slim
 from billhook.steps.verify import verify
 from billhook.store.record import read_record
@@ -63,3 +64,11 @@ def test_the_cards_of_several_steps_count_all_of_them_and_say_what_the_last_was_
     card = (pruned / "README.md").read_text()
     assert "the last of 2 steps: slim, prune." in card
     assert "Parts of the blocks were removed" in card
+
+
+@pytest.mark.gate
+def test_every_step_records_the_dtype_and_the_device_that_it_computed_in(tmp_path, small):
+    pruned = prune(small, output=tmp_path / "pruned", sparsity=0.5, recipe="fast", calibration=IDS).output
+    packed = quantize(pruned, "int8/16", tmp_path / "bits", quantizer="round").output
+    made = [step.made_by for step in read_record(packed / "billhook.json").steps]
+    assert [(each["dtype"], each["device"]) for each in made] == [("float32", "cpu")] * 3
