@@ -44,6 +44,7 @@ BY_BLOCK = {  # ShortGPT changes no weights of the blocks that stay
 # one of the three key/value heads of SmolLM2-135M, with its query heads, is 8.3 % of a block's parameters
 UNITS: dict[str, tuple[dict[str, list[str]], list[str]]] = {
     "20%, channels": (BY_PART, ["--units", "channels", "--remove", "0.2"]),
+    "20%, channels and heads": (BY_PART, ["--units", "channels,heads", "--remove", "0.2"]),
     "8.3%, heads": (BY_PART, ["--units", "heads", "--remove", "0.0833"]),
     "20%, blocks": (BY_BLOCK, ["--units", "blocks", "--remove", "0.2"]),
     "20%, auto": ({"auto": []}, ["--units", "auto", "--remove", "0.2"]),

@@ -23,8 +23,8 @@ from billhook.engine.batch import Batch, main_input
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, Progress, walk
 from billhook.measurement.error_curves import finite
-from billhook.methods.least_squares import inverse_factor
-from billhook.methods.quantize.gptq import feedback, noise_share
+from billhook.methods.least_squares import inverse_factor, noise_share
+from billhook.methods.quantize.gptq import feedback
 from billhook.methods.quantize.grid import Quantized
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.nearest import nearest

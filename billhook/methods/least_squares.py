@@ -96,6 +96,11 @@ def _times_inverse(X: Tensor, U: Tensor) -> Tensor:
     return torch.cat([X[:, : p.stop] @ U[: p.stop, p] for p in parts], 1)
 
 
+def noise_share(columns: int, tokens: int) -> float:
+    """By how much the Gram matrix of so many columns and tokens is shrunk towards its diagonal."""
+    return columns / max(columns + tokens, 1)
+
+
 def shrunk(gram: Tensor, share: float) -> Tensor:
     """A copy of a Gram matrix [in, in], shrunk by `share` towards its diagonal."""
     found = gram * (1 - share)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.methods.least_squares import inverse_factor, shift_to_dense, shrunk
+from billhook.methods.least_squares import inverse_factor, noise_share, shift_to_dense, shrunk
 from billhook.methods.quantize.grid import Grid, Quantized, Scales
 from billhook.methods.quantize.polish import polish
 from billhook.methods.statistics import LayerStats
@@ -85,11 +85,6 @@ def gptq(
         H.diagonal().add_(torch.where(dead, 1, damping * mean))
         made = [polish(part, H, some, sweeps, fixed) for part, some, fixed in zip(target, made, zero, strict=True)]
     return Quantized.join(made)
-
-
-def noise_share(columns: int, tokens: int) -> float:
-    """By how much the Gram matrix of so many columns and tokens is shrunk towards its diagonal."""
-    return columns / max(columns + tokens, 1)
 
 
 def feedback(W: Tensor, U: Tensor, grid: Grid, zero: Tensor | None = None) -> Quantized:

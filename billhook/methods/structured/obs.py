@@ -1,9 +1,10 @@
 """OBS by parts: remove parts one after another, each time the one that is cheapest once the others make up for it.
 
 Meng et al., "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial Optimization", ICML
-2024, arXiv:2403.18983. With H = XᵀX + damping · mean(diag) · I over the inputs of the consumer W, P the inverse of H on
-the columns that are still there, and G the columns of a part:
+2024, arXiv:2403.18983. Over the inputs X of the consumer W, with P the inverse of H on the columns that are still
+there, and G the columns of a part:
 
+    H = (1 − s) XᵀX + s · diag(XᵀX) + damping · mean(diag) · I,   s = shrinkage · in / (in + tokens)
     cost of removing G = tr(W_G (P_GG)⁻¹ W_Gᵀ),     then   W −= W_G (P_GG)⁻¹ P_G:,    P −= P_:G (P_GG)⁻¹ P_G:
     gain of restoring G = tr(R_G (S_G)⁻¹ R_Gᵀ),      R = (W_dense − W) H,   S_G = H_GG − H_G: P H_:G
 
@@ -13,24 +14,28 @@ that does not is repeated with half as many. At the end the weights that stay so
 with one Cholesky factorization for all rows.
 
 `dense_target` moves what is fitted from the outputs of W on the present inputs towards the dense model's outputs
-(`billhook.methods.least_squares.shift_to_dense`), so that a layer makes up for what was lost before it.
+(`billhook.methods.least_squares.shift_to_dense`), so that a layer makes up for what was lost before it. XᵀX is shrunk
+towards its diagonal as in `gptq`, the more the fewer tokens there are: what is fitted to a short text is of less use on
+other text.
 
-Differences from the published code: the damping is relative; several channels may go in one round.
+Differences from the published code: the damping is relative; several channels may go in one round; XᵀX is shrunk.
 
 Limits: inputs that are always zero are removed first. A layer with n inputs needs 2 n² numbers of memory.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.methods.least_squares import shift_to_dense
+from billhook.methods.least_squares import noise_share, shift_to_dense, shrunk
 from billhook.methods.statistics import LayerStats
 from billhook.methods.structured.support import columns, damped, refit
 from billhook.registry import method
 
 
-def _needs(damping: float, dense_target: float, rounds: int, swaps: int) -> tuple[str, ...]:
+def _needs(damping: float, dense_target: float, rounds: int, swaps: int, shrinkage: float) -> tuple[str, ...]:
     return ("gram", "drift") if dense_target else ("gram",)
 
 
@@ -45,18 +50,21 @@ def obs(
     dense_target: float = 0.5,
     rounds: int = 128,
     swaps: int = 16,
+    shrinkage: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The parts to keep, bool [parts], and the refitted W [out, in]; reads stats.gram and stats.drift, both [in, in].
 
     `damping` is a fraction of the mean of the gram's diagonal. Raises BillhookError for options out of range, JobError
     if H cannot be factorized.
     """
-    if not 0 < damping < float("inf") or not 0 <= dense_target <= 1 or rounds < 1 or swaps < 0:
+    in_range = 0 < damping < float("inf") and 0 <= dense_target <= 1 and 0 <= shrinkage <= 1
+    if not in_range or rounds < 1 or swaps < 0:
         raise BillhookError(
-            f"obs: damping={damping} must be positive, dense_target={dense_target} in [0, 1], rounds={rounds} at least "
-            f"1, swaps={swaps} at least 0."
+            f"obs: damping={damping} must be positive, dense_target={dense_target} and shrinkage={shrinkage} in [0, 1],"
+            f" rounds={rounds} at least 1, swaps={swaps} at least 0."
         )
     assert stats.gram is not None
+    stats = replace(stats, gram=shrunk(stats.gram, shrinkage * noise_share(W.shape[1], stats.tokens)))
     H = damped(stats.gram, damping)
     target = shift_to_dense(W, stats, dense_target, damping)
     state = _Elimination(target.to(H.dtype), H, groups)

@@ -1,6 +1,7 @@
 """obs against a plain loop that solves the whole least-squares problem for every possible removal."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from billhook.methods.statistics import LayerStats
 from billhook.methods.structured.obs import obs
 from billhook.methods.structured.support import columns, damped
 
-PLAIN = {"dense_target": 0.0, "damping": 1e-3}
+PLAIN = {"dense_target": 0.0, "damping": 1e-3, "shrinkage": 0.0}
 
 
 def case(seed: int, parts: int, size: int) -> tuple[Tensor, LayerStats, Tensor]:
@@ -94,7 +95,30 @@ def test_the_dense_target_moves_the_outputs_towards_those_of_the_dense_model():
     assert errors[2] < 0.98 * errors[0]
 
 
-@pytest.mark.parametrize("options", [{"damping": 0.0}, {"dense_target": 2.0}, {"rounds": 0}, {"swaps": -1}])
+def test_the_gram_matrix_is_shrunk_towards_its_diagonal_by_columns_over_columns_and_tokens():
+    W, stats, groups = case(0, 20, 1)  # of 100 tokens
+    shrunk = stats.gram * (100 / 120)
+    shrunk.diagonal().copy_(stats.gram.diagonal())
+    expected = obs(W, replace(stats, gram=shrunk), groups, 12, **PLAIN)
+    torch.testing.assert_close(obs(W, stats, groups, 12, **{**PLAIN, "shrinkage": 1.0}), expected)
+
+
+def test_with_few_tokens_it_loses_less_on_other_text_for_being_shrunk():
+    losses = torch.zeros(2)
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        common = torch.randn(4, 48, generator=g)
+        X, other = (torch.randn(n, 4, generator=g) @ common + torch.randn(n, 48, generator=g) for n in (64, 2000))
+        W, stats = torch.randn(5, 48, generator=g), LayerStats(64, 1, gram=X.T @ X)
+        for i, shrinkage in enumerate((0.0, 1.0)):
+            _, V = obs(W, stats, torch.arange(48)[:, None], 36, **{**PLAIN, "shrinkage": shrinkage})
+            losses[i] += (other @ (W - V).T).square().sum()
+    assert losses[1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"damping": 0.0}, {"dense_target": 2.0}, {"rounds": 0}, {"swaps": -1}, {"shrinkage": 1.5}]
+)
 def test_options_out_of_range_are_refused(options):
     W, stats, groups = case(0, 4, 1)
     with pytest.raises(BillhookError, match="obs: damping"):
