@@ -10,6 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from billhook.steps.teacher import Teacher, find_teacher, open_teacher
 from billhook.steps.training_folder import TrainingFolder, training_folder
 from billhook.store.checkpoint import model_digest
 from billhook.store.directory import complete
-from billhook.store.output import absolute
+from billhook.store.output import absolute, check_apart
 from billhook.store.record import history
 from billhook.store.shards import weight_bytes
 from billhook.text.corpus import source_name
@@ -122,13 +123,18 @@ def _rounded_note(asked: int | None, steps: int, size: int) -> list[str]:
 
 
 def _teacher_of(request: RecoverRequest, opened: Opened, source: Source, options: Mapping[str, Any]) -> Teacher | None:
-    """The dense model; None where nobody needs one, and it is not named and not found."""
+    """The dense model; None where nobody needs one, and it is not named and not found. Raises BillhookError where the
+    output would replace it."""
+    output = absolute(request.output)
     try:
-        return find_teacher(opened.history, source.given, request.teacher)
+        found = find_teacher(opened.history, source.given, request.teacher, output)
     except BillhookError:
         if request.teacher is not None or "teacher" in OBJECTIVES.needs(request.objective, options):
             raise
         return None
+    if found is not None:
+        check_apart(output, found.path, "dense model")
+    return found
 
 
 def _opened(request: RecoverRequest, source: Source) -> Opened:
@@ -177,6 +183,7 @@ def run(
         stopping=stopping, each=setup.sharded,
     )  # fmt: skip
     with (
+        closing(job.source),
         evaluating(setup.model),
         recomputing(setup.model, request.checkpointing),
         unfinished as folder,
@@ -203,7 +210,6 @@ def run(
             seconds=time.perf_counter() - begun, lost_before=before, loss=after, warnings=notes,
         )  # fmt: skip
         folder.complete(functools.partial(_write, job, report))
-    job.source.close()
     return replace(report, seconds=time.perf_counter() - begun)
 
 
