@@ -104,9 +104,8 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     else:
         steps = known.get("steps") or min(gather(steps_in(setup, seconds, request.rate is None)))
     setup, rate = replace(setup, steps=steps), known.get("rate", request.rate)
-    run = identity(request.model_request(), opened, options, None) | {"step": "recover"}
-    run |= {key: getattr(request, key) for key in IDENTITY}
-    run |= {"fsdp": world() if request.fsdp else 0}
+    own = {key: getattr(request, key) for key in IDENTITY} | {"fsdp": world() if request.fsdp else 0}
+    run = identity(request.model_request(), opened, options, None, step="recover", **own)
     run |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "teacher": taught_by}
     reference = None if teacher is None else _reference(opened, teacher)
     return RecoverJob(

@@ -118,7 +118,8 @@ def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> Bl
     if dense.resources.stream is None or _shapes(pruned) != _shapes(dense.resources.stream):
         raise BillhookError(f"The blocks of {source.given} and of {path} differ in shape: leave out --by block.")
     dense = _with_text(request, dense, progress)
-    same = identity(walked, dense, {}, None) | {"step": "recover", "by": "block", "tune": request.tune}
+    own = {key: getattr(request, key) for key in ("by", "tune", "tokens", "length")}
+    same = identity(walked, dense, {}, None, step="recover", **own)
     facts = model_facts(source.dense, pruned.model)
     same |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "input": facts["digest"]}
     return BlocksJob(request, dense, source, pruned, facts=facts, history=found, identity=same)

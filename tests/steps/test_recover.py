@@ -97,6 +97,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(place, tmp_path, stop, objectiv
     again = {**fields, "teacher": place / "model", "resume": True}
     with pytest.raises(BillhookError, match="cannot be continued: its tune was 'kept"):
         recover(place / "pruned", tmp_path / "out", tune="kept", **again)
+    with pytest.raises(BillhookError, match=r"its length was 32, now it is 16\."):  # not that its windows differ
+        recover(place / "pruned", tmp_path / "out", **{**again, "length": 16})
     recover(place / "pruned", tmp_path / "out", **again)
     assert contents(tmp_path / "out") == contents(whole.output)
 
