@@ -86,7 +86,7 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     opened = _opened(request, source)
     found, zeros = _teacher_of(request, opened, source, options), zeros_of(opened.layers)
     path, taught_by = (None, None) if found is None else found
-    _check_something_to_do(request, opened, taught_by, zeros=any(zeros.values()))
+    _check_something_to_do(request, opened, taught_by, options, zeros=any(zeros.values()))
     streamed = path is not None and not request.fsdp and not teacher_fits(path, opened)
     teacher = None if path is None else open_teacher(path, opened, request.model_request(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
@@ -147,12 +147,20 @@ def _opened(request: RecoverRequest, source: Source) -> Opened:
     return opened
 
 
-def _check_something_to_do(request: RecoverRequest, opened: Opened, teacher: str | None, *, zeros: bool) -> None:
-    """Raise BillhookError for a model without zeros and without a dense model, whose digest is `teacher`."""
+def _check_something_to_do(
+    request: RecoverRequest, opened: Opened, teacher: str | None, options: Mapping[str, Any], *, zeros: bool
+) -> None:
+    """Raise BillhookError for a model without the dense model, whose digest is `teacher`, where it has no zeros or the
+    objective needs one."""
     if teacher is None and not zeros:
         raise BillhookError(
             f"{request.model} is dense and has no history: there are no zeros to keep and no model to learn from. "
             "Prune it first, or name the model that it was made from with --teacher DIRECTORY."
+        )
+    if teacher is None and "teacher" in OBJECTIVES.needs(request.objective, options):
+        raise BillhookError(
+            f"{request.model} has no history that leads to a dense model, and the objective {request.objective} needs "
+            "one: name it with --teacher DIRECTORY, or use --objective text."
         )
     if teacher is not None and teacher == opened.facts["digest"]:
         raise BillhookError(f"{request.model} is its own dense model, which cannot teach it anything: prune it first.")
@@ -250,7 +258,9 @@ def _notes(job: RecoverJob, done: Recovered) -> list[str]:
     elif done.state.steps < job.setup.steps:
         notes.append(f"Ended after step {done.state.steps} of {job.setup.steps}, because nothing improved any more.")
     if not done.after < done.before:
-        notes.append("Nothing improved on held-out text: the output has the weights of the input.")
+        notes.append("Nothing improved on what is held out: the output has the weights of the input.")
     if rows > (there := rows_of(job.setup.batch)):
-        notes.append(f"The text has {there} windows, and each was seen {rows / there:.1f} times.")
+        unit = job.opened.task.unit
+        kind = "windows" if unit == "token" else f"{unit}s"
+        notes.append(f"There are {there} {kind} to train on, and each was seen {rows / there:.1f} times.")
     return notes
