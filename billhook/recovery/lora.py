@@ -6,12 +6,12 @@ loaded with `config=masked_lora(LoraConfig.from_pretrained(directory))`; without
 """
 
 import copy
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from billhook.architectures.layers import check_finite
 from billhook.errors import BillhookError, JobError
@@ -42,15 +42,16 @@ def masked_lora(config: "LoraConfig") -> "LoraConfig":
 
     masked = copy.copy(config)
     masked._custom_modules = None  # not that of the given one, which a registration would change
-    masked._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
+    masked._register_custom_module({nn.Module: MaskedLinear})  # which refuses what is not linear
     return masked
 
 
 def merge_masked(model: nn.Module) -> PreTrainedModel:
     """Merge masked adapters into the weights, in place, and return the model without adapters.
 
-    Raises BillhookError, before anything changes, for a model without adapters and for adapters that are not masked or
-    not finite, and JobError if a zero is lost all the same (to `modules_to_save`).
+    Raises BillhookError, before anything changes, for a model without adapters and for adapters that are not masked,
+    not finite, or on a weight that another layer has too, and JobError if a zero is lost all the same (to
+    `modules_to_save`).
     """
     peft = require_peft()
     from billhook.recovery.masked_linear import MaskedLinear
@@ -62,7 +63,16 @@ def merge_masked(model: nn.Module) -> PreTrainedModel:
     if plain or not layers:
         what = f"{plain[0]} has an adapter whose product is not masked" if plain else "The model has no LoRA layer"
         raise BillhookError(f"{what}: make or load adapters with billhook.masked_lora(config).")
-    masks = {name.replace(".base_layer.", "."): mask for name, mask in find_masks(model).items()}
+    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    if tied := [name for name, module in layers.items() if shared[id(module.get_base_layer().weight)] > 1]:
+        raise BillhookError(
+            f"The weight of {tied[0]} is that of another layer too, which would change: leave it out of target_modules."
+        )
+    masks = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): mask
+        for name, mask in find_masks(model).items()
+        if ".modules_to_save." not in name
+    }
     check_finite(model)
     merged = unwrapped(model.merge_and_unload())
     if lost := count_returned(merged, masks):

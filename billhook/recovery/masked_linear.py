@@ -21,9 +21,17 @@ from billhook.errors import BillhookError
 
 
 class MaskedLinear(Linear):
-    """LoRA on a linear layer (or Conv1D) with the product masked; raises BillhookError for variants of LoRA."""
+    """LoRA on a linear layer (or Conv1D) with the product masked; raises BillhookError for other layers, for experts,
+    and for variants of LoRA."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        kind = type(getattr(base_layer, "base_layer", base_layer))
+        if not issubclass(kind, (nn.Linear, Conv1D)):
+            raise BillhookError(f"masked_lora masks linear layers, not {kind.__name__}: change target_modules.")
+        if config.target_parameters:  # peft makes them of target_modules
+            raise BillhookError(
+                "masked_lora masks linear layers, not experts in one parameter: name others in target_modules."
+            )
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         if not self._stored.is_floating_point():

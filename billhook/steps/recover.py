@@ -10,6 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from billhook.steps.teacher import Teacher, find_teacher, open_teacher
 from billhook.steps.training_folder import TrainingFolder, training_folder
 from billhook.store.checkpoint import model_digest
 from billhook.store.directory import complete
-from billhook.store.output import absolute
+from billhook.store.output import absolute, check_apart
 from billhook.store.record import history
 from billhook.store.shards import weight_bytes
 from billhook.text.corpus import source_name
@@ -85,7 +86,7 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     opened = _opened(request, source)
     found, zeros = _teacher_of(request, opened, source, options), zeros_of(opened.layers)
     path, taught_by = (None, None) if found is None else found
-    _check_something_to_do(request, opened, taught_by, zeros=any(zeros.values()))
+    _check_something_to_do(request, opened, taught_by, options, zeros=any(zeros.values()))
     streamed = path is not None and not request.fsdp and not teacher_fits(path, opened)
     teacher = None if path is None else open_teacher(path, opened, request.model_request(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
@@ -103,9 +104,8 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     else:
         steps = known.get("steps") or min(gather(steps_in(setup, seconds, request.rate is None)))
     setup, rate = replace(setup, steps=steps), known.get("rate", request.rate)
-    run = identity(request.model_request(), opened, options, None) | {"step": "recover"}
-    run |= {key: getattr(request, key) for key in IDENTITY}
-    run |= {"fsdp": world() if request.fsdp else 0}
+    own = {key: getattr(request, key) for key in IDENTITY} | {"fsdp": world() if request.fsdp else 0}
+    run = identity(request.model_request(), opened, options, None, step="recover", **own)
     run |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "teacher": taught_by}
     reference = None if teacher is None else _reference(opened, teacher)
     return RecoverJob(
@@ -122,13 +122,18 @@ def _rounded_note(asked: int | None, steps: int, size: int) -> list[str]:
 
 
 def _teacher_of(request: RecoverRequest, opened: Opened, source: Source, options: Mapping[str, Any]) -> Teacher | None:
-    """The dense model; None where nobody needs one, and it is not named and not found."""
+    """The dense model; None where nobody needs one, and it is not named and not found. Raises BillhookError where the
+    output would replace it."""
+    output = absolute(request.output)
     try:
-        return find_teacher(opened.history, source.given, request.teacher)
+        found = find_teacher(opened.history, source.given, request.teacher, output)
     except BillhookError:
         if request.teacher is not None or "teacher" in OBJECTIVES.needs(request.objective, options):
             raise
         return None
+    if found is not None:
+        check_apart(output, found.path, "dense model")
+    return found
 
 
 def _opened(request: RecoverRequest, source: Source) -> Opened:
@@ -142,12 +147,20 @@ def _opened(request: RecoverRequest, source: Source) -> Opened:
     return opened
 
 
-def _check_something_to_do(request: RecoverRequest, opened: Opened, teacher: str | None, *, zeros: bool) -> None:
-    """Raise BillhookError for a model without zeros and without a dense model, whose digest is `teacher`."""
+def _check_something_to_do(
+    request: RecoverRequest, opened: Opened, teacher: str | None, options: Mapping[str, Any], *, zeros: bool
+) -> None:
+    """Raise BillhookError for a model without the dense model, whose digest is `teacher`, where it has no zeros or the
+    objective needs one."""
     if teacher is None and not zeros:
         raise BillhookError(
             f"{request.model} is dense and has no history: there are no zeros to keep and no model to learn from. "
             "Prune it first, or name the model that it was made from with --teacher DIRECTORY."
+        )
+    if teacher is None and "teacher" in OBJECTIVES.needs(request.objective, options):
+        raise BillhookError(
+            f"{request.model} has no history that leads to a dense model, and the objective {request.objective} needs "
+            "one: name it with --teacher DIRECTORY, or use --objective text."
         )
     if teacher is not None and teacher == opened.facts["digest"]:
         raise BillhookError(f"{request.model} is its own dense model, which cannot teach it anything: prune it first.")
@@ -177,6 +190,7 @@ def run(
         stopping=stopping, each=setup.sharded,
     )  # fmt: skip
     with (
+        closing(job.source),
         evaluating(setup.model),
         recomputing(setup.model, request.checkpointing),
         unfinished as folder,
@@ -203,7 +217,6 @@ def run(
             seconds=time.perf_counter() - begun, lost_before=before, loss=after, warnings=notes,
         )  # fmt: skip
         folder.complete(functools.partial(_write, job, report))
-    job.source.close()
     return replace(report, seconds=time.perf_counter() - begun)
 
 
@@ -245,7 +258,9 @@ def _notes(job: RecoverJob, done: Recovered) -> list[str]:
     elif done.state.steps < job.setup.steps:
         notes.append(f"Ended after step {done.state.steps} of {job.setup.steps}, because nothing improved any more.")
     if not done.after < done.before:
-        notes.append("Nothing improved on held-out text: the output has the weights of the input.")
+        notes.append("Nothing improved on what is held out: the output has the weights of the input.")
     if rows > (there := rows_of(job.setup.batch)):
-        notes.append(f"The text has {there} windows, and each was seen {rows / there:.1f} times.")
+        unit = job.opened.task.unit
+        kind = "windows" if unit == "token" else f"{unit}s"
+        notes.append(f"There are {there} {kind} to train on, and each was seen {rows / there:.1f} times.")
     return notes

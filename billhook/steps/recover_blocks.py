@@ -8,6 +8,7 @@ blocks before it produce by now, then takes the weights of the pruned model's bl
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> Bl
             "quantize the dense model again with --recipe best, which tunes scales one block at a time."
         )
     found = history(source.dense)
-    teacher = find_teacher(found, source.given, request.teacher)
+    teacher = find_teacher(found, source.given, request.teacher, absolute(request.output))
     if teacher is None:
         raise BillhookError(
             f"{request.model} has no history that leads to a dense model: name it with --teacher DIRECTORY."
@@ -117,7 +118,8 @@ def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> Bl
     if dense.resources.stream is None or _shapes(pruned) != _shapes(dense.resources.stream):
         raise BillhookError(f"The blocks of {source.given} and of {path} differ in shape: leave out --by block.")
     dense = _with_text(request, dense, progress)
-    same = identity(walked, dense, {}, None) | {"step": "recover", "by": "block", "tune": request.tune}
+    own = {key: getattr(request, key) for key in ("by", "tune", "tokens", "length")}
+    same = identity(walked, dense, {}, None, step="recover", **own)
     facts = model_facts(source.dense, pruned.model)
     same |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "input": facts["digest"]}
     return BlocksJob(request, dense, source, pruned, facts=facts, history=found, identity=same)
@@ -157,7 +159,7 @@ def run_blocks(
         stream, job.source.dense, output, job.identity, {},
         resume=request.resume, overwrite=request.overwrite, stopping=stopping,
     )  # fmt: skip
-    with unfinished as partial:
+    with closing(job.source), unfinished as partial:
         done = [result for results in partial.state.results for result in results]
         for result in done:
             progress(result.layer)
@@ -177,7 +179,6 @@ def run_blocks(
                     dense.model.get_parameter(name).copy_(value)
         after = lost()
         partial.complete(_record(job, refine, done, before, after), published=card(job.history))
-    job.source.close()
     notes = [note for result in done for note in result.notes]
     zeros, seconds = sum(r.zeros for r in done), time.perf_counter() - begun
     return BlocksReport(output, notes, zeros=zeros, seconds=seconds, lost_before=before, loss=after)

@@ -27,8 +27,8 @@ Tuned = Literal["kept+norms", "kept", "adapters"]
 Saving = Literal["merged", "adapter"]
 By = Literal["model", "block"]
 RANK = 8
-# Fields that must be equal for a run to be continued.
-IDENTITY = ("objective", "tune", "rank", "save", "recipe", "tokens", "budget", "rate", "batch_size")
+# Fields that must be equal for a run to be continued, those that change others first.
+IDENTITY = ("by", "recipe", "objective", "tune", "rank", "save", "tokens", "budget", "rate", "length", "batch_size")
 TOKENS = 102_400  # where neither tokens nor a time is given
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 

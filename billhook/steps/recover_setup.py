@@ -84,7 +84,8 @@ def draw_windows(
         kind = f"windows of {size} tokens" if of_text else "questions" if answers else "images"
         raise BillhookError(
             f"{drawn.source} has only {count} {kind}: recovery holds out {2 * held} and trains on at least {rows}. "
-            f"Give more{' text, or a smaller --length' if of_text else ''}."
+            f"Give more{' text, or a smaller --length' if of_text else ''}"
+            f"{' or --batch-size' if request.batch_size else ''}."
         )
     parts = slice(0, count - 2 * held), slice(count - 2 * held, count - held), slice(count - held, None)
     own, chosen_on, reported = (select_rows(drawn.batch, part) for part in parts)
@@ -175,11 +176,6 @@ def make_setup(
     name = request.objective
     options = OBJECTIVES.configure(name, request.options)
     needs, model, task = OBJECTIVES.needs(name, options), opened.model, opened.task
-    if "teacher" in needs and teacher is None:
-        raise BillhookError(
-            f"{request.model} has no history that leads to a dense model, and the objective {name} needs one: name it "
-            "with --teacher DIRECTORY, or use --objective text."
-        )
     count = len(blocks_of(model))
     matched = None if teacher is None else matched_blocks(opened.history, count, len(blocks_of(teacher)))
     if "hidden" in needs and matched is None:

@@ -1,7 +1,9 @@
 """The directory that is trained: dense as it is, or one that is packed or quantized, which is expanded for the time of
 the run into a folder beside the output."""
 
-import tempfile
+import os
+import shutil
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from billhook.architectures.sources import resolve
+from billhook.distributed.torchrun import rank
 from billhook.errors import BillhookError, JobError
 from billhook.export import compressed_tensors
 from billhook.export.dense import dense_bytes, packed_grids
@@ -24,14 +27,31 @@ from billhook.reports.slim_card import publish_slim
 from billhook.steps.export import write_decoded
 from billhook.steps.pack import unpack
 from billhook.steps.request import Opened
+from billhook.steps.unfinished_folder import empty_folder, lock_folder
 from billhook.store.checkpoint import check_directory
 from billhook.store.fitting import Stored
 from billhook.store.layout import is_packed
 from billhook.store.locate import to_disk
-from billhook.store.output import failure
+from billhook.store.output import check_apart, failure
 from billhook.store.record import Record
 from billhook.store.shards import copy_index, read_shard, weight_files, weights_index
 from billhook.store.sinks import choose_sink
+
+
+class Place:
+    """A locked folder beside an output, deleted when it is closed or the process ends. What is in it after `kill -9` is
+    deleted by the next run with this output."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output.with_name(f".{output.name}.billhook-expanded-{rank()}")
+        lock = lock_folder(self.folder)
+        self.close = weakref.finalize(self, _delete, self.folder, lock)
+        empty_folder(self.folder)
+
+
+def _delete(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
 
 
 @dataclass(frozen=True)
@@ -42,29 +62,30 @@ class Source:
     given: Path
     dense: Path
     grids: Mapping[str, Scalar]
-    place: tempfile.TemporaryDirectory[str] | None = None
+    place: Place | None = None
 
     @classmethod
     def of(cls, model: str | Path, output: Path) -> "Source":
-        """Expand a packed or quantized model; raises BillhookError for a format that is not read."""
+        """Expand a packed or quantized model; raises BillhookError for a format that is not read, and for a model that
+        the directory `output` would replace."""
         if not isinstance(model, str | Path):
             raise BillhookError(f"recover works on a directory, got {type(model).__name__}: save the model first.")
-        path = resolve(model)
+        path = resolve(model, output)
+        check_apart(output, path)  # not only the folder into which it is expanded
         config = {} if is_packed(path) else check_directory(path, quantized=True)
         grids = packed_grids(path, config) if config else {}
         if not grids and not is_packed(path):
             return cls(path, path, {})
         if not output.parent.is_dir():
             raise BillhookError(f"Cannot write {output}: the folder {output.parent} does not exist. Create it first.")
-        place = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
-        dense = Path(place.name) / path.name
-        if not grids:
-            return cls(path, unpack(path, dense), {}, place)
-        dense.mkdir()
         try:
+            place = Place(output)
+            dense = place.folder / path.name
+            if not grids:
+                return cls(path, unpack(path, dense), {}, place)
+            dense.mkdir()
             write_decoded(path, dense, config, grids, torch.float32, lambda tensor: None)
         except (OSError, SafetensorError) as error:
-            place.cleanup()
             raise JobError(f"{failure(error, output, 2 * dense_bytes(path, grids))} Nothing was left behind.") from None
         return cls(path, dense, grids, place)
 
@@ -76,7 +97,7 @@ class Source:
     def close(self) -> None:
         """Delete what was expanded."""
         if self.place is not None:
-            self.place.cleanup()
+            self.place.close()
 
     def scales(self, opened: Opened, names: Collection[str]) -> list[Trained]:
         """The scales of the quantized weights with these `names`; raises BillhookError for a weight that is not a

@@ -25,21 +25,22 @@ class Teacher(NamedTuple):
     digest: str
 
 
-def find_teacher(history: Record | None, source: Path | None, given: str | Path | None) -> Teacher | None:
+def find_teacher(history: Record | None, source: Path | None, given: str | Path | None, output: Path) -> Teacher | None:
     """The dense model: `given`, or the one with the digest that the first step of the history names, looked for beside
     the directory `source`, in the working directory and in the hub's cache. None without a history.
 
-    Raises BillhookError where it is not found, or what is `given` is not that model.
+    Raises BillhookError where it is not found, and where what is `given` is not that model, or a GGUF file that the
+    directory `output` would replace.
     """
     if given is None and history is None:
         return None
     wanted = None if history is None else history.steps[0].model.get("digest")
     if given is not None:
-        path = resolve(given)
+        path = resolve(given, output)
         digest = model_digest(path)
         if wanted not in (None, digest):
             raise BillhookError(
-                f"{path} is not the model that {source} was made from ({_named(history)}): its digest differs."
+                f"{given} is not the model that {source} was made from ({_named(history)}): its digest differs."
             )
         return Teacher(path, digest)
     for path in _candidates(history, source):

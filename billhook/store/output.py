@@ -30,10 +30,8 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
     bytes are free.
     """
     output = absolute(output)
-    if source is not None and (output.is_relative_to(source.resolve()) or source.resolve().is_relative_to(output)):
-        raise BillhookError(
-            f"The output {output} contains the source model {source} or is inside it: choose another output."
-        )
+    if source is not None:
+        check_apart(output, source)
     _check_folder(output, output.parent)
     with suppress(FileNotFoundError):  # the current folder is gone
         if Path.cwd().is_relative_to(output):
@@ -52,6 +50,12 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
             )
     check_room(output, needed)
     return output
+
+
+def check_apart(output: Path, source: Path, what: str = "source model") -> None:
+    """Raise BillhookError where `output`, which is resolved, contains a model that is read, or is inside it."""
+    if output.is_relative_to(source.resolve()) or source.resolve().is_relative_to(output):
+        raise BillhookError(f"The output {output} contains the {what} {source} or is inside it: choose another output.")
 
 
 def check_room(output: Path, needed: int) -> None:

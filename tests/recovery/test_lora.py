@@ -1,6 +1,7 @@
 """Masked adapters: zeros of the merged weights, and files that are an ordinary adapter's."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from training import train
 
 import billhook
-from billhook import BillhookError, find_layers
+from billhook import BillhookError, JobError, find_layers
 from billhook.recovery.masks import count_returned, find_masks
 
 IDS = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -135,12 +136,42 @@ def test_options_that_change_zeros_are_refused(options: dict[str, Any], message:
         trained(prune_at_random(tiny.llama()), **options)
 
 
+@pytest.mark.parametrize(
+    ("model", "target", "message"),
+    [
+        (tiny.mixtral, ALL, "not experts in one parameter"),  # of which peft makes target_parameters
+        (tiny.llama, ["q_proj", "embed_tokens"], "not Embedding: change target_modules"),
+    ],
+)
+def test_what_is_not_linear_is_refused_before_it_is_trained(model: Any, target: Any, message: str) -> None:
+    with pytest.raises(BillhookError, match=f"masked_lora masks linear layers, {message}"):
+        trained(prune_at_random(model()), target_modules=target, steps=0)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_whole_layers_that_were_trained_are_merged_if_they_have_their_zeros(kept: bool) -> None:
+    model = prune_at_random(tiny.llama())
+    masks = find_masks(model)
+    adapted = trained(model, target_modules=["q_proj"], modules_to_save=["down_proj"], steps=0).train()
+    adam = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    with billhook.keep_masks(adapted) if kept else nullcontext():
+        adapted(input_ids=IDS, labels=IDS).loss.backward()
+        adam.step()
+    if kept:
+        assert not count_returned(billhook.merge_masked(adapted), masks)
+    else:
+        with pytest.raises(JobError, match=r"down_proj.weight lost \d+ of its zeros .*leave it out of modules_to_save"):
+            billhook.merge_masked(adapted)
+
+
 def test_what_cannot_be_merged_is_refused() -> None:
     model = prune_at_random(tiny.llama())
     with pytest.raises(BillhookError, match="needs a peft model, got LlamaForCausalLM"):
         billhook.merge_masked(model)
     with pytest.raises(BillhookError, match=r"q_proj has an adapter whose product is not masked"):
         billhook.merge_masked(trained(model, masked=False, steps=0))
+    with pytest.raises(BillhookError, match=r"The weight of .*lm_head is that of another layer too"):
+        billhook.merge_masked(trained(prune_at_random(tiny.llama()), target_modules=["lm_head"], steps=0))
     with pytest.raises(BillhookError, match="masked_lora needs a peft LoraConfig, got dict"):
         billhook.masked_lora({"r": 8})
 

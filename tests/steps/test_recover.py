@@ -97,6 +97,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(place, tmp_path, stop, objectiv
     again = {**fields, "teacher": place / "model", "resume": True}
     with pytest.raises(BillhookError, match="cannot be continued: its tune was 'kept"):
         recover(place / "pruned", tmp_path / "out", tune="kept", **again)
+    with pytest.raises(BillhookError, match=r"its length was 32, now it is 16\."):  # not that its windows differ
+        recover(place / "pruned", tmp_path / "out", **{**again, "length": 16})
     recover(place / "pruned", tmp_path / "out", **again)
     assert contents(tmp_path / "out") == contents(whole.output)
 
@@ -105,7 +107,7 @@ def test_where_nothing_improves_the_input_comes_back(place, tmp_path):
     fields = {**FEW, "calibration": str(place / "text.txt"), "rate": 1e4}
     report = recover(place / "pruned", tmp_path / "out", teacher=place / "model", **fields)
     assert not report.improved
-    assert "Nothing improved on held-out text: the output has the weights of the input." in report.warnings
+    assert "Nothing improved on what is held out: the output has the weights of the input." in report.warnings
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (place / "pruned" / name).read_bytes()
     assert verify(tmp_path / "out").ok
@@ -301,6 +303,13 @@ def test_norms_keep_the_dtype_of_their_own_tensors_and_a_recipe_can_be_followed_
     }
 
 
+def unknown(place: Path) -> Path:
+    """The pruned model without its history; that there is no dense model is said before text is read or written."""
+    folder = shutil.copytree(place / "pruned", place / "unknown")
+    (folder / "billhook.json").unlink()
+    return folder
+
+
 def mistakes(place: Path) -> dict[str, tuple[dict, str]]:
     other = tiny.save(place / "other", tiny.llama(7, num_hidden_layers=3, intermediate_size=48))
     (place / "short.txt").write_text("too short")
@@ -309,6 +318,14 @@ def mistakes(place: Path) -> dict[str, tuple[dict, str]]:
         "itself": ({"model": place / "model", "teacher": place / "model"}, "is its own dense model"),
         "another": ({"teacher": other}, "is not the model that .* was made from .* its digest differs"),
         "short": ({"calibration": str(place / "short.txt")}, "short.txt has only 1 windows|is too short"),
+        "large step": (
+            {"batch_size": 1000},
+            "trains on at least 1000. Give more text, or a smaller length or batch_size",
+        ),
+        "no teacher": (
+            {"model": unknown(place), "calibration": "self:none"},
+            "the objective kl.hidden needs one: name",
+        ),
         "both": ({"budget": "1m"}, "either tokens or a time with budget"),
         "time": ({"budget": "soon", "tokens": None}, "soon is no time: write 90s, 10m or 2h"),
         "objective": ({"objective": "lk"}, "Unknown objective 'lk'. Did you mean 'kl'"),
@@ -318,7 +335,8 @@ def mistakes(place: Path) -> dict[str, tuple[dict, str]]:
     }
 
 
-CASES = ("dense", "itself", "another", "short", "both", "time", "objective", "option", "no text", "tune")
+CASES = ("dense", "itself", "another", "short", "large step", "no teacher", "both", "time", "objective", "option")
+CASES += ("no text", "tune")
 
 
 @pytest.fixture(scope="module")

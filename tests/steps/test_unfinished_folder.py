@@ -1,6 +1,8 @@
 """What a run that ended early says."""
 
+import os
 import resource
+import signal
 
 import pytest
 import tiny
@@ -8,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from billhook.errors import Interrupted, JobError
+from billhook.errors import BillhookError, Interrupted, JobError
 from billhook.steps.quantize import quantize
 from billhook.steps.recover_source import Source
 from billhook.steps.unfinished_folder import ended_early
@@ -30,6 +32,24 @@ def test_a_quantized_model_that_cannot_be_expanded_is_a_failure_of_the_disk(tmp_
     request.getfixturevalue("small_files")
     with pytest.raises(JobError, match=r"Cannot write .*out: .*File too large"):
         Source.of(small, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "small"}
+
+
+def test_what_was_expanded_for_a_run_that_was_killed_is_deleted_by_the_next_one(tmp_path):
+    model = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=1), words=False)
+    small = quantize(model, "int4/32", tmp_path / "small", quantizer="round").output
+    if not (child := os.fork()):
+        source = Source.of(small, tmp_path / "out")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = {path.name for path in tmp_path.iterdir()} - {"model", "small"}
+    assert left
+    source = Source.of(small, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "small"} | left
+    with pytest.raises(BillhookError, match="Another run is writing"):
+        Source.of(small, tmp_path / "out")
+    assert source.dense.is_dir()
+    source.close()
     assert {path.name for path in tmp_path.iterdir()} == {"model", "small"}
 
 
