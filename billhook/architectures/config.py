@@ -65,6 +65,12 @@ def is_headless(model: PreTrainedModel) -> bool:
     return without_head(model) is model and type(model).__name__ in {name for names in known for name in names}
 
 
+def is_decoder(model: PreTrainedModel) -> bool:
+    """Whether the model, which may have no head, is of a kind that continues text."""
+    kind = model.config.model_type
+    return kind in class_names("AutoModelForCausalLM") and kind not in class_names("AutoModelForMaskedLM")
+
+
 def predictions(model: PreTrainedModel, output: Any) -> Tensor:
     """What a model predicts: its logits, or, without a head, the pooled embedding of images [rows, width], or the last
     hidden states [rows, length, width]."""

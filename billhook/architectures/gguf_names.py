@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
+from billhook.store.fitting import is_unused
 
 HEAD = "lm_head.weight"
-_SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 _EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight")
 _FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)(?:\.weight)?")
 _SILU = {"hidden_act": "silu"}
@@ -144,7 +144,8 @@ class GgufTensor:
 
 
 def gguf_tensors(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[GgufTensor]:
-    """The tensors of a GGUF file for a model with tensors of these shapes on disk, in the order of the model.
+    """The tensors of a GGUF file for a model with tensors of these shapes on disk, in the order of the model, without
+    those that no model computes with.
 
     Raises BillhookError for a tensor that has no name, and for experts that are missing.
     """
@@ -156,7 +157,9 @@ def gguf_tensors(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         raise BillhookError(f"The installed package gguf does not know {family.arch} models: pip install -U gguf.")
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     found: dict[str, GgufTensor] = {}
-    for source, key, rows in _parts(config, family, shapes):
+    blocks = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 0
+    used = {name: shape for name, shape in shapes.items() if not is_unused(name, shapes, *blocks)}
+    for source, key, rows in _parts(config, family, used):
         name = names.get_name(key, try_suffixes=(".weight", ".bias")) or names.get_name(f"model.{key}", (".weight",))
         if name is None:
             raise BillhookError(
@@ -183,7 +186,7 @@ def _parts(
         if source == HEAD and tied:  # the only copy
             yield source, "model.embed_tokens.weight", None
             continue
-        if source.endswith(_SKIPPED) or (source == HEAD and family.shift):  # Gemma's head is its embedding
+        if source == HEAD and family.shift:  # Gemma's head is its embedding
             continue
         if expert := _EXPERT.fullmatch(source):
             place = "feed_forward" if expert[3] in ("w1", "w2", "w3") else "mlp"

@@ -172,7 +172,7 @@ def _say_result(report: "CompressReport") -> None:
     if found.loss is not None:
         say(f"{found.loss}.")
     for factor, ratio in report.loss_by_size.items():
-        kl = None if found.loss is None or found.loss.kl is None else found.loss.kl * ratio
+        kl = None if found.loss is None or found.loss.divergence is None else found.loss.divergence * ratio
         about = f"about {ratio:.2f} times this one" + ("" if kl is None else f" ({kl:.3g})")
         say(f"With {factor:.0%} of this size ({int(report.budget * factor):,} bytes) the divergence would be {about}.")
     say_next(found.output)

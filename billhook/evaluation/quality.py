@@ -84,6 +84,11 @@ class Loss:
     cosine: float | None = None
     cosine_error: float | None = None
 
+    @property
+    def divergence(self) -> float | None:
+        """`kl`, or for embeddings the mean of 1 - cosine, by which models are compared; None if it is not finite."""
+        return self.kl if self.cosine is None else 1 - self.cosine
+
     def to_dict(self) -> dict[str, Any]:
         """The fields of its unit, for json."""
         fields = asdict(self)

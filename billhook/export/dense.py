@@ -94,6 +94,8 @@ def write_dense(
                 tensors[decoded] = weight.decode(dtype or weight.scales.parts["scale"].dtype)
             elif base not in grids:
                 value = Stored(shard.path, entry, lazy=False).read()
+                if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                    raise JobError(f"{name} holds NaN or infinite values: the model is damaged.")
                 tensors[name] = value.to(dtype) if dtype is not None and value.is_floating_point() else value
             progress(name)
         for name, value in tensors.items():

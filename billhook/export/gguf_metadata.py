@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from billhook import __version__
+from billhook.store.files import untrusted
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -20,6 +21,8 @@ def add_origin(writer: "GGUFWriter", source: Path) -> None:
     name = source.stem if source.suffix == ".gguf" else None  # made of such a file
     if source.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/REVISION in the hub's cache
         name = source.parents[1].name.rpartition("--")[2]
+    with untrusted(f"{source / 'README.md'} is not a model card", "Repair or remove it."):
+        gguf.Metadata.load_model_card(source)
     origin = gguf.Metadata.load(None, source, name, total)
     origin.name = origin.name or source.name
     origin.size_label = origin.size_label or gguf.size_label(total, shared, expert, experts)

@@ -32,7 +32,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import is_headless
 from billhook.architectures.layers import Layer
 from billhook.engine.method import Method
 from billhook.errors import BillhookError
@@ -44,7 +43,6 @@ from billhook.racing.hyperparameters import Space
 from billhook.racing.race import AllocationProblem, Candidate, Race
 from billhook.racing.sparsities import by_descent
 from billhook.tasks.base import Samples
-from billhook.tasks.opening import task_of
 from billhook.trials.attribution import FLOOR
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
@@ -84,8 +82,6 @@ def choose(
     """
     uniform = problem.allocate("uniform", {})
     try:
-        if is_headless(model) and task_of(model).unit == "token":
-            raise BillhookError("the model has no head, and thus no predictions to compare")
         split = split_samples(model, samples, batch_size, seed)
     except BillhookError as error:
         return replace(uniform, made_by={**uniform.made_by, "racing": {"reason": f"uniform without a race: {error}"}})

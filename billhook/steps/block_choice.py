@@ -87,7 +87,7 @@ class BlockOrder:
                 break
             _drop(blocks, {*self._order, *range(index + 1)})
             with same_random_numbers(), _passing_on(model, index, inputs[0], inputs[index]):
-                kl = reference.compare(model).kl
+                kl = reference.compare(model).divergence
             fresh[index] = float("inf") if kl is None else kl
             self._progress(f"{len(self._order) + 1} to drop, {names[index]}")
         self._losses |= fresh

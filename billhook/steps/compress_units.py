@@ -105,8 +105,8 @@ class UnitsReport:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `compress --units --json`."""
-        units = {key: getattr(self, key) for key in ("share", "predicted", "measured")}
-        return {**self.quantized.to_json(), "budget": self.budget, "units": units}
+        units = {"predicted": _finite(self.predicted), "measured": _finite(self.measured)}
+        return {**self.quantized.to_json(), "budget": self.budget, "units": {"share": self.share, **units}}
 
 
 @pinned
@@ -262,13 +262,14 @@ def _slimmed(
         same = {name: getattr(request, name) for name in Inputs.__dataclass_fields__}
         given = SlimRequest(request.model, model, share, kinds, **{**same, "resume": True, "overwrite": False})
         run_slim(prepare_slim(given, progress), progress)
-    return model, _kl(model)
+    return model, _divergence(model)
 
 
-def _kl(folder: Path) -> float:
+def _divergence(folder: Path) -> float:
     """What the last step of a directory lost, as it recorded; infinite where it did not."""
-    kl = (read_record(folder / RECORD).steps[-1].made_by.get("lost") or {}).get("kl")
-    return math.inf if kl is None else float(kl)
+    lost = read_record(folder / RECORD).steps[-1].made_by.get("lost") or {}
+    far = 1 - lost["cosine"] if "cosine" in lost else lost.get("kl")
+    return math.inf if far is None else float(far)
 
 
 def _predicted(plan: Plan) -> float:
@@ -281,15 +282,19 @@ def _carried_out(candidate: Candidate, lost: Lost, progress: Progress, stopping:
     """Quantize a candidate, unless that is done; returns its divergence from the dense model."""
     if candidate.job is not None:
         run_compress(candidate.job, progress, stopping, lost=lost)
-    return _kl(candidate.output)
+    return _divergence(candidate.output)
 
 
 def _record(best: Candidate, predicted: Mapping[float, float], losses: Mapping[float, float]) -> None:
     """Add to the last step's plan what was tried."""
     path = best.output / RECORD
     value = read_json(path, "record")
-    tried = {"predicted": {f"{k:g}": v for k, v in predicted.items()}}
-    tried |= {"measured": {f"{k:g}": v for k, v in losses.items()}}
+    tried = {"predicted": _finite(predicted), "measured": _finite(losses)}
     value["steps"][-1]["plan"]["made_by"]["units"] = {"share": best.share, **tried}
     write_json(path, value)
     publish_quantized(best.output)
+
+
+def _finite(losses: Mapping[float, float]) -> dict[str, float | None]:
+    """Losses by share, for json: null for one that is not finite."""
+    return {f"{share:g}": loss if math.isfinite(loss) else None for share, loss in losses.items()}

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import classes_of, hidden_width, is_headless
+from billhook.architectures.config import classes_of, hidden_width
 from billhook.architectures.layers import SHARED_INPUTS, Layer
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import world
@@ -139,7 +139,7 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
 
 def scored_length(opened: Opened) -> int:
     """Tokens in a row of the text on which it is measured what was lost; 0 where it is not measured, and for images."""
-    if not opened.batches or opened.task.unit != "token" or is_headless(opened.model):
+    if not opened.batches or opened.task.unit != "token":
         return 0
     return row_length(opened.model, opened.batches[0])
 

@@ -37,6 +37,7 @@ from billhook.store.shards import (
     weight_files,
     without_missing_entry,
 )
+from billhook.tasks.opening import task_of_config
 
 DTYPES = {"auto": None, "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _VLLM_BITS = (4, 8)
@@ -208,7 +209,7 @@ def _check_fits(source: Path, config: Mapping[str, Any]) -> None:
     if config.get("model_type") in FAMILIES:
         shards = [read_shard(file) for file in weight_files(source)]
         with loading(source):
-            _, model = empty_model(source, shards, "AutoModelForCausalLM", False)
+            _, model = empty_model(source, shards, task_of_config(source, dict(config)).auto_class, False)
             check_fits(source, model, shards)
 
 

@@ -131,7 +131,7 @@ def _outside_losses(
         for type in sorted(menu, key=lambda t: (bits(t), t)):
             for new, old in zip(parameter.split(_ROWS), own.split(_ROWS), strict=True):
                 new.copy_(_rounded(old.float(), type))
-            kl = reference.compare(model, resources).kl
+            kl = reference.compare(model, resources).divergence
             found[type] = _NOT_FINITE if kl is None else max(kl, _LEAST)
             parameter.copy_(own)
             if found[type] < _PROPORTIONAL:

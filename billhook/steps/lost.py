@@ -4,7 +4,6 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import is_headless
 from billhook.engine.batch import select_rows
 from billhook.engine.resources import Resources
 from billhook.errors import BillhookError, JobError
@@ -28,7 +27,7 @@ def loss_of(opened: Opened, windows: int) -> Lost:
     text, and for a model or text that gives nothing to predict.
     """
     samples, model, resources = opened.samples, opened.model, opened.resources
-    if samples is None or (is_headless(model) and opened.task.unit == "token"):
+    if samples is None:
         return lambda model=None, resources=None: None
     held_out = samples.heldout is not None
     batch = samples.heldout or select_rows(samples.batch, slice(0, windows))

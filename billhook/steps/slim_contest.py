@@ -70,7 +70,7 @@ def best_plan(
     for name, (plan, removed) in plans.items():
         units = [u for u in find_units(model, [k for k in kinds_in(plan) if k != "blocks"]) if u.name in plan.units]
         with carried_out(replace(opened, batches=batches), units, plan, removal, experts):
-            kl = reference.compare(model).kl
+            kl = reference.compare(model).divergence
         tried[name] = float("inf") if kl is None else kl * (remove / removed) ** 2
         progress(name)
     best = min(tried, key=tried.__getitem__)

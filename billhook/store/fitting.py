@@ -192,14 +192,18 @@ def is_buffer(name: str) -> bool:
 def _harmless(name: str, names: Sequence[str], model: PreTrainedModel) -> bool:
     """Whether a left over tensor is a buffer, belongs to a part that the model does not have, or to multi-token
     prediction, as blocks after the last one do."""
-    parts, config = name.split("."), model.config.get_text_config(decoder=True)
-    if is_buffer(name) or _of_another_part(parts, model):
-        return True
+    config = model.config.get_text_config(decoder=True)
+    depth, declared = getattr(config, "num_hidden_layers", 0), getattr(config, "num_nextn_predict_layers", None)
+    return _of_another_part(name.split("."), model) or is_unused(name, names, depth, declared or 0)
+
+
+def is_unused(name: str, names: Collection[str], depth: int, declared: int) -> bool:
+    """Whether a tensor, one of `names`, is a buffer or belongs to multi-token prediction, for a model of `depth` blocks
+    whose configuration has `declared` blocks of that more."""
+    parts = name.split(".")
     number = next((int(part) for part in parts if part.isdigit()), -1)
-    depth = getattr(config, "num_hidden_layers", 0)
-    declared = getattr(config, "num_nextn_predict_layers", None) or 0
     beyond = depth <= number < depth + declared or (number >= depth and any(f".{number}.eh_proj." in x for x in names))
-    return beyond or any(part.startswith(("mtp", "nextn")) for part in parts)
+    return is_buffer(name) or beyond or any(part.startswith(("mtp", "nextn")) for part in parts)
 
 
 def _of_another_part(parts: Sequence[str], model: nn.Module) -> bool:

@@ -1,9 +1,10 @@
-"""feature-extraction: encoders without a head (DINOv2, CLIP's vision tower, sentence encoders), scored by embeddings.
+"""feature-extraction: models without a head (DINOv2, CLIP's vision tower, sentence encoders), scored by embeddings.
 
 The embedding of an image is the model's pooled output, or its first token where it has none; that of a text is the mean
 over its tokens, as in most sentence encoders. The score is the cosine to the dense model's embeddings, and 1 - cosine
 takes the place of the KL divergence wherever plans are compared. Texts are scored one by one, each cut at the model's
-context; calibration windows are packed, between [CLS] and [SEP] where the tokenizer has these tokens.
+context; calibration windows are packed, between [CLS] and [SEP] where the tokenizer has these tokens. Those of a
+decoder without a head are drawn as for text generation.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
+from billhook.architectures.config import is_decoder
 from billhook.engine.batch import Batch
 from billhook.errors import BillhookError
 from billhook.evaluation.divergence import COSINE, Divergence
@@ -59,9 +61,11 @@ class FeatureExtraction:
         """Images of a SOURCE, or token windows of a text, for the model's kind of input."""
         if model.main_input_name == "pixel_values":
             return image_samples(source, model, home, drawing, None)
+        tokenizer = tokenizer_of(model, home)
+        if is_decoder(model):
+            return Samples.of(self.batch, drawn_windows(source, tokenizer, model, drawing))
         if drawing.bos == "yes":
             raise BillhookError("The windows of an encoder begin with its [CLS] token: leave out --bos.")
-        tokenizer = tokenizer_of(model, home)
         tokens = drawn_windows(source, tokenizer, model, replace(drawing, bos="no"), reserved=2)
         if tokens.sampling == "given":
             return Samples.of(self.batch, tokens)

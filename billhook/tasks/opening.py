@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.ambient import pinned
-from billhook.architectures.config import is_headless
 from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.store.checkpoint import class_names, load, read_config
@@ -23,12 +22,9 @@ def tasks() -> Iterator[Task]:
 
 
 def task_of(model: PreTrainedModel) -> Task:
-    """The task of a model in memory, from its class, or from its type where it is a decoder without a head; raises
-    BillhookError for a class of no task."""
+    """The task of a model in memory, from its class; raises BillhookError for a class of no task."""
     name = type(model).__name__
-    kind = model.config.model_type
-    decoder = kind in class_names("AutoModelForCausalLM") and kind not in class_names("AutoModelForMaskedLM")
-    return _named(name, [] if is_headless(model) and decoder else [name], model.config.to_dict())
+    return _named(name, [name], model.config.to_dict())
 
 
 def task_of_config(path: Path, config: dict[str, Any]) -> Task:

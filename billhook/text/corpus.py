@@ -70,6 +70,9 @@ def existing_file(source: str) -> Path:
     path = Path(source).expanduser()
     if not source:
         raise BillhookError(f"The name of the text source is empty: is a variable of the shell unset? Give {FORMS}.")
+    if source.startswith("self:"):
+        who = "is text that the model writes, for the --calibration of models that continue text"
+        raise BillhookError(f"{source} {who}: give {FORMS}.")
     if path.is_dir():
         found = f"{source} is a directory, and not one that save_to_disk of `datasets` wrote"
         raise BillhookError(f"{found}: give one of its files, or hub:{source} if they are a dataset.")

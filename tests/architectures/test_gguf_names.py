@@ -50,6 +50,9 @@ def test_fused_experts_are_split_into_gate_and_up():
 
 def test_what_a_file_does_not_hold_is_left_out_and_what_has_no_name_is_refused():
     left_out = [f"{BLOCK}self_attn.rotary_emb.inv_freq", f"{BLOCK}attention.bias", f"{BLOCK}attention.masked_bias"]
+    left_out += [f"{BLOCK}self_attn.masked_bias", f"{BLOCK}self_attn.rotary_emb.cos_cached", "mtp.fc.weight"]
+    depth = LLAMA["num_hidden_layers"]
+    left_out += [f"model.layers.{depth}.{name}.weight" for name in ("eh_proj", "self_attn.q_proj")]
     assert named(LLAMA, dict.fromkeys(left_out, (4,))) == {}
     assert list(named(LLAMA, {"lm_head.weight": (9, 4)})) == ["output.weight"]
     assert named(GEMMA, {"lm_head.weight": (9, 4)}) == {}  # its head is its embedding

@@ -125,6 +125,15 @@ def test_the_card_of_a_model_names_it(llama, tmp_path):
     assert fields["general.license"].contents() == "mit"
 
 
+@pytest.mark.parametrize("card", [b"\xff\xfe", b"---\nlicense: [\n---\n"], ids=["not UTF-8", "not YAML"])
+def test_a_card_that_cannot_be_read_is_named(llama, tmp_path, card):
+    model = shutil.copytree(llama, tmp_path / "model")
+    (model / "README.md").write_bytes(card)
+    with pytest.raises(BillhookError, match=r"model/README\.md is not a model card .*Repair or remove it"):
+        write_gguf(model, tmp_path / "model.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_model_of_the_hubs_cache_has_its_name_there(llama, tmp_path):
     folder = tmp_path / "models--owner--Small-1B" / "snapshots" / "0123456789abcdef"
     shutil.copytree(llama, folder)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from billhook.architectures.layers import find_layers
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, JobError
 from billhook.packed.loading import load
 from billhook.plan.plan import Budget, Plan
 from billhook.plan.spec import Spec
@@ -144,3 +144,13 @@ def test_a_list_of_types_means_every_tensor_of_a_gguf_file_and_no_other(tmp_path
         export_tensor_types(output, tmp_path / "types.txt")
     with pytest.raises(BillhookError, match="holds no GGUF file"):
         export_tensor_types(source, tmp_path / "others.txt")
+
+
+def test_values_that_are_not_finite_are_not_called_too_large_for_the_type(tmp_path):
+    model = tiny.llama(num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    damaged = tiny.save(tmp_path / "model", model, words=False)
+    with pytest.raises(JobError, match=r"norm\.weight holds NaN or infinite values: the model is damaged"):
+        export_dense(damaged, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
