@@ -38,7 +38,7 @@ from billhook.steps.inputs import Inputs
 from billhook.steps.lost import Lost, loss_of
 from billhook.steps.quantize import open_blocks
 from billhook.steps.quantize_job import QuantizeReport
-from billhook.steps.request import Opened, check_text_given, draw_text, identity
+from billhook.steps.request import Opened, check_text_given, check_text_stays, draw_text, identity
 from billhook.steps.saved_levels import resume_advice
 from billhook.steps.sizes import Size, TooSmall
 from billhook.steps.slim import prepare as prepare_slim
@@ -105,8 +105,8 @@ class UnitsReport:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `compress --units --json`."""
-        units = {"predicted": _finite(self.predicted), "measured": _finite(self.measured)}
-        return {**self.quantized.to_json(), "budget": self.budget, "units": {"share": self.share, **units}}
+        units = {"share": self.share, "predicted": _finite(self.predicted), "measured": _finite(self.measured)}
+        return {**self.quantized.to_json(), "budget": self.budget, "units": units}
 
 
 @pinned
@@ -182,16 +182,16 @@ def _checked(request: CompressRequest) -> Path:
     """The output, once it is certain that the request can be carried out with units."""
     allocation = Allocation.of(request.allocator, request.options, request.levels)
     if allocation.file or ERRORS not in allocation.needs or request.levels is not None:
-        raise BillhookError(
-            "With --units, losses are predicted from measured levels: use --allocator curves, rco or auto, and no "
-            "--levels."
-        )
+        what = "With --units, losses are predicted from measured levels"
+        raise BillhookError(f"{what}: use --allocator curves, rco or auto, and no --levels.")
     if kinds_of(request.units) == ["auto"]:
         raise BillhookError("Name the kinds of units that may go with the bits, such as --units experts,channels.")
     if request.calibration is not None and is_self(request.calibration):
         raise BillhookError("With --units, models of several sizes are compared on one text: give a text or tokens.")
     check_text_given(request, True, "Removing units")
-    return check_output(absolute(request.output), overwrite=request.overwrite)
+    output = check_output(absolute(request.output), overwrite=request.overwrite)
+    check_text_stays(request.calibration, output)
+    return output
 
 
 def _asked(request: CompressRequest) -> dict[str, Any]:
@@ -289,8 +289,8 @@ def _record(best: Candidate, predicted: Mapping[float, float], losses: Mapping[f
     """Add to the last step's plan what was tried."""
     path = best.output / RECORD
     value = read_json(path, "record")
-    tried = {"predicted": _finite(predicted), "measured": _finite(losses)}
-    value["steps"][-1]["plan"]["made_by"]["units"] = {"share": best.share, **tried}
+    tried = {"share": best.share, "predicted": _finite(predicted), "measured": _finite(losses)}
+    value["steps"][-1]["plan"]["made_by"]["units"] = tried
     write_json(path, value)
     publish_quantized(best.output)
 

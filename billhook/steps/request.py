@@ -38,7 +38,8 @@ from billhook.store.shards import weight_bytes
 from billhook.store.sinks import SameLayout, choose_sink
 from billhook.tasks.base import Home, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
-from billhook.tasks.self_text import is_self, saved_windows
+from billhook.tasks.self_text import PREFIX, is_self, saved_windows
+from billhook.text.given import Given
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,21 @@ def changed(opened: Opened, **changes: Any) -> Opened:
     return found
 
 
+def check_text_stays(given: Given | None, output: Path) -> None:
+    """Raise BillhookError for a text, or a folder of images, in a directory that the output would replace."""
+    name = str(given).removeprefix(PREFIX) if isinstance(given, str | Path) else ""
+    path = Path(name).expanduser()
+    if name and path.exists() and path.resolve().is_relative_to(output):
+        raise BillhookError(f"{path} is read, and is in {output}, which would be replaced: choose another output.")
+
+
 def _open_model(
     request: ModelRequest, streamed: bool, room: Callable[[Path], int]
 ) -> tuple[Path | None, PreTrainedModel, Resources]:
     """Check the output, then load the model (unless it is in memory), one block at a time if `streamed`."""
     output = None if request.output is None else absolute(request.output)
+    if output is not None:
+        check_text_stays(request.calibration, output)
     resources = Resources(spill_gib=request.spill_gib)
     if isinstance(request.model, PreTrainedModel):
         if request.resume:

@@ -64,9 +64,9 @@ def obs(
             f" rounds={rounds} at least 1, swaps={swaps} at least 0."
         )
     assert stats.gram is not None
-    stats = replace(stats, gram=shrunk(stats.gram, shrinkage * noise_share(W.shape[1], stats.tokens)))
-    H = damped(stats.gram, damping)
-    target = shift_to_dense(W, stats, dense_target, damping)
+    gram = shrunk(stats.gram, shrinkage * noise_share(W.shape[1], stats.tokens))
+    H = damped(gram, damping)
+    target = shift_to_dense(W, replace(stats, gram=gram), dense_target, damping)
     state = _Elimination(target.to(H.dtype), H, groups)
     surplus = len(groups) - count
     step = -(-surplus // rounds)

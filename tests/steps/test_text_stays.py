@@ -1,0 +1,33 @@
+"""A calibration text in the directory that an output replaces is never deleted."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from billhook import BillhookError, compress, prune, quantize, recover, slim
+from billhook.steps.compress_units import compress as compress_with_units
+
+pytestmark = pytest.mark.gate
+BITS = {"bits": 6, "types": ("int4/16", "int8/16"), "target": "vllm"}
+STEPS = {
+    "prune": lambda model, **given: prune(model, sparsity=0.5, recipe="fast", **given),
+    "slim": lambda model, **given: slim(model, 0.25, units="channels", **given),
+    "quantize": lambda model, **given: quantize(model, "int4/16", **given),
+    "recover": lambda model, **given: recover(model, tokens=32, **given),
+    "compress": lambda model, **given: compress(model, **BITS, **given),
+    "compress --units": lambda model, **given: compress_with_units(model, units="channels", **BITS, **given),
+}
+CASES = [
+    (step, prefix) for step in STEPS for prefix in ("", "self:") if (step, prefix) != ("compress --units", "self:")
+]
+
+
+@pytest.mark.parametrize(("step", "prefix"), CASES)
+def test_it_is_said_before_anything_is_computed(tmp_path: Path, step: str, prefix: str) -> None:
+    model = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=1))
+    old = tiny.save(tmp_path / "old", tiny.llama(num_hidden_layers=1))
+    tiny.text_file(old / "text.txt", 30)
+    with pytest.raises(BillhookError, match=r"text.txt is read, and is in .*old, which would be replaced"):
+        STEPS[step](model, output=old, calibration=f"{prefix}{old / 'text.txt'}", overwrite=True)
+    assert (old / "text.txt").is_file()
