@@ -199,7 +199,7 @@ class Reference:
             kl_99, kl_999 = percentiles(windows)
             return replace(loss, token_ppl=_ppl(nll), dense_token_ppl=_ppl(dense_nll), kl_99=kl_99, kl_999=kl_999)
         if self.scoring.divergence is COSINE:
-            cosine, word = None if mean is None else round(1 - mean, 6), verdict(mean, DISTANCES)
+            cosine, word = None if mean is None else round(1 - mean, 9), verdict(mean, DISTANCES)
             loss = replace(loss, verdict=word, kl=None, kl_error=None, top1_agreement=None)
             return replace(loss, cosine=cosine, cosine_error=error)
         if any(map(math.isnan, dense_nll)):  # there are no labels

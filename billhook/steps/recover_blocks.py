@@ -154,12 +154,12 @@ def run_blocks(
     assert stream is not None
     refine = Refine(tune_norms_and_biases=request.tune == "kept+norms", seed=request.seed)
     lost = loss_of(dense, 0)  # there are held-out rows
-    before = lost(job.pruned.model, Resources(stream=job.pruned))
     unfinished = partial_output(
         stream, job.source.dense, output, job.identity, {},
         resume=request.resume, overwrite=request.overwrite, stopping=stopping,
     )  # fmt: skip
     with closing(job.source), unfinished as partial:
+        before = lost(job.pruned.model, Resources(stream=job.pruned))
         done = [result for results in partial.state.results for result in results]
         for result in done:
             progress(result.layer)

@@ -82,10 +82,10 @@ def draw_windows(
     held = min(HELD_OUT[1], max(HELD_OUT[0], count // 8))
     if count < 2 * held + rows:
         kind = f"windows of {size} tokens" if of_text else "questions" if answers else "images"
+        smaller = " or ".join(["--length"] * of_text + ["--batch-size"] * bool(request.batch_size))
         raise BillhookError(
             f"{drawn.source} has only {count} {kind}: recovery holds out {2 * held} and trains on at least {rows}. "
-            f"Give more{' text, or a smaller --length' if of_text else ''}"
-            f"{' or --batch-size' if request.batch_size else ''}."
+            f"Give more{f', or a smaller {smaller}' if smaller else ''}."
         )
     parts = slice(0, count - 2 * held), slice(count - 2 * held, count - held), slice(count - held, None)
     own, chosen_on, reported = (select_rows(drawn.batch, part) for part in parts)

@@ -5,6 +5,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from billhook.store.sinks import choose_sink
 
 class Place:
     """A locked folder beside an output, deleted when it is closed or the process ends. What is in it after `kill -9` is
-    deleted by the next run with this output."""
+    deleted by the next run with this output and as many processes."""
 
     def __init__(self, output: Path) -> None:
         self.folder = output.with_name(f".{output.name}.billhook-expanded-{rank()}")
@@ -80,11 +81,15 @@ class Source:
             raise BillhookError(f"Cannot write {output}: the folder {output.parent} does not exist. Create it first.")
         try:
             place = Place(output)
-            dense = place.folder / path.name
-            if not grids:
-                return cls(path, unpack(path, dense), {}, place)
-            dense.mkdir()
-            write_decoded(path, dense, config, grids, torch.float32, lambda tensor: None)
+            with ExitStack() as unless_expanded:
+                unless_expanded.callback(place.close)
+                dense = place.folder / path.name
+                if grids:
+                    dense.mkdir()
+                    write_decoded(path, dense, config, grids, torch.float32, lambda tensor: None)
+                else:
+                    unpack(path, dense)
+                unless_expanded.pop_all()
         except (OSError, SafetensorError) as error:
             raise JobError(f"{failure(error, output, 2 * dense_bytes(path, grids))} Nothing was left behind.") from None
         return cls(path, dense, grids, place)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -135,9 +136,9 @@ def changed(opened: Opened, **changes: Any) -> Opened:
 
 def check_text_stays(given: Given | None, output: Path) -> None:
     """Raise BillhookError for a text, or a folder of images, in a directory that the output would replace."""
-    name = str(given).removeprefix(PREFIX) if isinstance(given, str | Path) else ""
+    name = str(given).removeprefix(PREFIX).removeprefix("hub:") if isinstance(given, str | Path) else ""
     path = Path(name).expanduser()
-    if name and path.exists() and path.resolve().is_relative_to(output):
+    if name and os.path.exists(path) and path.resolve().is_relative_to(output):  # where a name is too long, too
         raise BillhookError(f"{path} is read, and is in {output}, which would be replaced: choose another output.")
 
 

@@ -36,7 +36,7 @@ from billhook.steps.keywords import SearchFields
 from billhook.steps.options import split_options
 from billhook.steps.prune import run
 from billhook.steps.prune_job import Job, PruneRequest
-from billhook.steps.request import Opened, open_request
+from billhook.steps.request import Opened, check_text_stays, open_request
 from billhook.store.compute import dtype_name
 from billhook.store.output import check_output
 from billhook.store.shards import weight_bytes
@@ -108,6 +108,8 @@ def search(
     _check_labels(objective, opened.task, split.heldout)
     space = Space(names, given, len({layer.block for layer in opened.layers}), target, grid)
     folder, model_folder = _places(opened, output, save_model, method)
+    if model_folder is not None:
+        check_text_stays(request.calibration, model_folder.resolve())
     identity = _identity(request, opened, space, method) | {"objective": objective, "calibration": split.facts}
     record = SearchRecord.open(folder, identity, overwrite)
     problem = _problem(request, opened, space, split.batches)

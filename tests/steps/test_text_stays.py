@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import tiny
 
-from billhook import BillhookError, compress, prune, quantize, recover, slim
+from billhook import BillhookError, compress, prune, quantize, recover, search, slim
 from billhook.steps.compress_units import compress as compress_with_units
 
 pytestmark = pytest.mark.gate
 BITS = {"bits": 6, "types": ("int4/16", "int8/16"), "target": "vllm"}
 STEPS = {
     "prune": lambda model, **given: prune(model, sparsity=0.5, recipe="fast", **given),
+    "prune --pack": lambda model, **given: prune(model, sparsity=0.5, recipe="fast", pack=True, **given),
+    "search": lambda model, output, **given: search(model, 0.5, output=output.parent, criterion="wanda", **given),
     "slim": lambda model, **given: slim(model, 0.25, units="channels", **given),
     "quantize": lambda model, **given: quantize(model, "int4/16", **given),
     "recover": lambda model, **given: recover(model, tokens=32, **given),
@@ -25,9 +27,10 @@ CASES = [
 
 @pytest.mark.parametrize(("step", "prefix"), CASES)
 def test_it_is_said_before_anything_is_computed(tmp_path: Path, step: str, prefix: str) -> None:
-    model = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=1))
-    old = tiny.save(tmp_path / "old", tiny.llama(num_hidden_layers=1))
+    model = tiny.save(tmp_path / "dense", tiny.llama(num_hidden_layers=1))
+    (tmp_path / "old").mkdir()
+    old = tiny.save(tmp_path / "old" / "model", tiny.llama(num_hidden_layers=1))
     tiny.text_file(old / "text.txt", 30)
-    with pytest.raises(BillhookError, match=r"text.txt is read, and is in .*old, which would be replaced"):
+    with pytest.raises(BillhookError, match=r"text.txt is read, and is in .*old.model, which would be replaced"):
         STEPS[step](model, output=old, calibration=f"{prefix}{old / 'text.txt'}", overwrite=True)
     assert (old / "text.txt").is_file()

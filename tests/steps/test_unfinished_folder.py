@@ -30,8 +30,9 @@ def test_a_quantized_model_that_cannot_be_expanded_is_a_failure_of_the_disk(tmp_
     model = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=1), words=False)
     small = quantize(model, "int4/32", tmp_path / "small", quantizer="round").output
     request.getfixturevalue("small_files")
-    with pytest.raises(JobError, match=r"Cannot write .*out: .*File too large"):
+    with pytest.raises(JobError, match=r"Cannot write .*out: .*File too large") as error:  # which holds what failed
         Source.of(small, tmp_path / "out")
+    assert error.tb is not None
     assert {path.name for path in tmp_path.iterdir()} == {"model", "small"}
 
 
@@ -39,8 +40,11 @@ def test_what_was_expanded_for_a_run_that_was_killed_is_deleted_by_the_next_one(
     model = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=1), words=False)
     small = quantize(model, "int4/32", tmp_path / "small", quantizer="round").output
     if not (child := os.fork()):
-        source = Source.of(small, tmp_path / "out")
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            source = Source.of(small, tmp_path / "out")
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
     os.waitpid(child, 0)
     left = {path.name for path in tmp_path.iterdir()} - {"model", "small"}
     assert left

@@ -67,6 +67,7 @@ def obs(
     gram = shrunk(stats.gram, shrinkage * noise_share(W.shape[1], stats.tokens))
     H = damped(gram, damping)
     target = shift_to_dense(W, replace(stats, gram=gram), dense_target, damping)
+    del gram  # as large as H
     state = _Elimination(target.to(H.dtype), H, groups)
     surplus = len(groups) - count
     step = -(-surplus // rounds)

@@ -97,10 +97,12 @@ def test_the_dense_target_moves_the_outputs_towards_those_of_the_dense_model():
 
 def test_the_gram_matrix_is_shrunk_towards_its_diagonal_by_columns_over_columns_and_tokens():
     W, stats, groups = case(0, 20, 1)  # of 100 tokens
+    stats = replace(stats, drift=0.1 * stats.gram)
     shrunk = stats.gram * (100 / 120)
     shrunk.diagonal().copy_(stats.gram.diagonal())
-    expected = obs(W, replace(stats, gram=shrunk), groups, 12, **PLAIN)
-    torch.testing.assert_close(obs(W, stats, groups, 12, **{**PLAIN, "shrinkage": 1.0}), expected)
+    target = {**PLAIN, "dense_target": 0.5}
+    expected = obs(W, replace(stats, gram=shrunk), groups, 12, **target)
+    torch.testing.assert_close(obs(W, stats, groups, 12, **{**target, "shrinkage": 1.0}), expected)
 
 
 def test_with_few_tokens_it_loses_less_on_other_text_for_being_shrunk():
