@@ -85,7 +85,7 @@ def draw_windows(
         smaller = " or ".join(["--length"] * of_text + ["--batch-size"] * bool(request.batch_size))
         raise BillhookError(
             f"{drawn.source} has only {count} {kind}: recovery holds out {2 * held} and trains on at least {rows}. "
-            f"Give more{f', or a smaller {smaller}' if smaller else ''}."
+            f"Give more{' text' if of_text else ''}{f', or a smaller {smaller}' if smaller else ''}."
         )
     parts = slice(0, count - 2 * held), slice(count - 2 * held, count - held), slice(count - held, None)
     own, chosen_on, reported = (select_rows(drawn.batch, part) for part in parts)

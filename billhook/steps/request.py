@@ -138,7 +138,7 @@ def check_text_stays(given: Given | None, output: Path) -> None:
     """Raise BillhookError for a text, or a folder of images, in a directory that the output would replace."""
     name = str(given).removeprefix(PREFIX).removeprefix("hub:") if isinstance(given, str | Path) else ""
     path = Path(name).expanduser()
-    if name and os.path.exists(path) and path.resolve().is_relative_to(output):  # where a name is too long, too
+    if output.is_dir() and name and os.path.exists(path) and path.resolve().is_relative_to(output):
         raise BillhookError(f"{path} is read, and is in {output}, which would be replaced: choose another output.")
 
 

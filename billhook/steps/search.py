@@ -38,7 +38,7 @@ from billhook.steps.prune import run
 from billhook.steps.prune_job import Job, PruneRequest
 from billhook.steps.request import Opened, check_text_stays, open_request
 from billhook.store.compute import dtype_name
-from billhook.store.output import check_output
+from billhook.store.output import absolute, check_output
 from billhook.store.shards import weight_bytes
 from billhook.store.sinks import choose_sink
 from billhook.store.tensor_bytes import tensor_bytes
@@ -99,6 +99,8 @@ def search(
     names, target = _names(allocator), check_budget(sparsity, Pattern.parse(request.pattern))
     options, given = split_options(request.options, request.criterion, [name for name in names if name != AUTO])
     method = Method(request.criterion, options, request.group, prefix=request.prefix or "pruned")
+    if output is not None and save_model:
+        check_text_stays(request.calibration, absolute(Path(output) / MODEL))
     opened = open_request(request, True, "A search")
     assert opened.samples is not None
     trials = trial_method(method, opened.layers)
@@ -108,8 +110,6 @@ def search(
     _check_labels(objective, opened.task, split.heldout)
     space = Space(names, given, len({layer.block for layer in opened.layers}), target, grid)
     folder, model_folder = _places(opened, output, save_model, method)
-    if model_folder is not None:
-        check_text_stays(request.calibration, model_folder.resolve())
     identity = _identity(request, opened, space, method) | {"objective": objective, "calibration": split.facts}
     record = SearchRecord.open(folder, identity, overwrite)
     problem = _problem(request, opened, space, split.batches)
