@@ -64,6 +64,8 @@ def read(name: str, grid: Grid, shards: Iterable[Shard]) -> Quantized:
         raise ValueError(f"{name} does not hold codes of {grid.bits} bits")
     if scale.shape != (shape[0], shape[1] // grid.group):
         raise ValueError(f"{name} does not hold a scale for every {grid.group} columns")
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"{name} has a scale that is NaN or infinite")
     codes = unpack_from_int32(packed, grid.bits, torch.Size(shape)).to(torch.int8)
     return Quantized(grid, codes, Scales(scale.float(), None, {"scale": scale}))
 

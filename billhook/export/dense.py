@@ -19,7 +19,7 @@ from billhook.errors import BillhookError, JobError
 from billhook.export import compressed_tensors
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.scalar import Scalar
-from billhook.store.files import untrusted
+from billhook.store.files import repair, untrusted
 from billhook.store.fitting import Stored
 from billhook.store.shards import read_shard, weight_files, weights_index, write_index
 
@@ -81,7 +81,7 @@ def write_dense(
 ) -> None:
     """Write the weight files of `source` into `folder`, decoded, in `dtype` (None: that of the scales, and as stored).
 
-    Raises JobError for values that do not fit the dtype.
+    Raises BillhookError for a weight that is damaged, JobError for values that are not finite or do not fit the dtype.
     """
     shards = [read_shard(file) for file in weight_files(source)]
     for shard in shards:
@@ -90,7 +90,8 @@ def write_dense(
             decoded = name.removesuffix("_packed")
             base = re.sub(r"_(scale|shape)$", "", name)
             if decoded in grids and name != decoded:
-                weight = compressed_tensors.read(decoded, grids[decoded], shards)
+                with untrusted(f"{source} holds a weight that cannot be decoded", repair(source)):
+                    weight = compressed_tensors.read(decoded, grids[decoded], shards)
                 tensors[decoded] = weight.decode(dtype or weight.scales.parts["scale"].dtype)
             elif base not in grids:
                 value = Stored(shard.path, entry, lazy=False).read()

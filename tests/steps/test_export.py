@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from command import billhook, done
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from billhook.architectures.layers import find_layers
@@ -154,3 +154,15 @@ def test_values_that_are_not_finite_are_not_called_too_large_for_the_type(tmp_pa
     with pytest.raises(JobError, match=r"norm\.weight holds NaN or infinite values: the model is damaged"):
         export_dense(damaged, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_scale_that_is_not_finite_is_damage(tmp_path):
+    source = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=1), words=False)
+    small = quantize(source, "int4/32", tmp_path / "small", quantizer="round").output
+    name = "model.layers.0.self_attn.q_proj.weight_scale"
+    file = next(file for file in small.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(file)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BillhookError, match=r"cannot be decoded .*q_proj\.weight has a scale that is NaN or infinite"):
+        export_dense(small, tmp_path / "out")
