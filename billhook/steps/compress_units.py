@@ -38,7 +38,7 @@ from billhook.steps.inputs import Inputs
 from billhook.steps.lost import Lost, loss_of
 from billhook.steps.quantize import open_blocks
 from billhook.steps.quantize_job import QuantizeReport
-from billhook.steps.request import Opened, check_text_given, check_text_stays, draw_text, identity
+from billhook.steps.request import Opened, check_stays, check_text_given, draw_text, identity
 from billhook.steps.saved_levels import resume_advice
 from billhook.steps.sizes import Size, TooSmall
 from billhook.steps.slim import prepare as prepare_slim
@@ -190,7 +190,7 @@ def _checked(request: CompressRequest) -> Path:
         raise BillhookError("With --units, models of several sizes are compared on one text: give a text or tokens.")
     check_text_given(request, True, "Removing units")
     output = check_output(absolute(request.output), overwrite=request.overwrite)
-    check_text_stays(request.calibration, output)
+    check_stays(request.calibration, output)
     return output
 
 

@@ -37,7 +37,7 @@ from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.parts import Parts, check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantization_config import check_opens, configuration
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
-from billhook.steps.request import Opened, check_text_given, draw_text, identity, open_model
+from billhook.steps.request import Opened, check_stays, check_text_given, draw_text, identity, open_model
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import (
     block_bytes,
@@ -148,6 +148,8 @@ def given_stats(request: QuantizeRequest, opened: Opened, parts: Parts) -> Mappi
 
 def open_blocks(request: QuantizeRequest) -> Opened:
     """Open the model of a request one block at a time, without its text."""
+    for file in (request.template, request.imatrix):
+        check_stays(file, absolute(request.output))
     opened = open_model(request.model_request(), streamed=True, room=lambda source: 0)
     if opened.resources.stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so it cannot be quantized.")

@@ -134,8 +134,8 @@ def changed(opened: Opened, **changes: Any) -> Opened:
     return found
 
 
-def check_text_stays(given: Given | None, output: Path) -> None:
-    """Raise BillhookError for a text, or a folder of images, in a directory that the output would replace."""
+def check_stays(given: Given | None, output: Path) -> None:
+    """Raise BillhookError for a file or folder that is read and is in a directory that the output would replace."""
     name = str(given).removeprefix(PREFIX).removeprefix("hub:") if isinstance(given, str | Path) else ""
     path = Path(name).expanduser()
     if output.is_dir() and name and os.path.exists(path) and path.resolve().is_relative_to(output):
@@ -148,7 +148,7 @@ def _open_model(
     """Check the output, then load the model (unless it is in memory), one block at a time if `streamed`."""
     output = None if request.output is None else absolute(request.output)
     if output is not None:
-        check_text_stays(request.calibration, output)
+        check_stays(request.calibration, output)
     resources = Resources(spill_gib=request.spill_gib)
     if isinstance(request.model, PreTrainedModel):
         if request.resume:

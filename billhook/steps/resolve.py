@@ -23,7 +23,7 @@ from billhook.racing.hyperparameters import configure, is_raced
 from billhook.steps.gradients import check_temporary_room, gradient_bytes
 from billhook.steps.options import split_options
 from billhook.steps.prune_job import PruneRequest
-from billhook.steps.request import Opened, check_text_stays, digest_of_json, identity, open_request
+from billhook.steps.request import Opened, check_stays, digest_of_json, identity, open_request
 from billhook.steps.state import STATE, check_same_run, partial_folder, unfinished_run
 from billhook.store.files import sha256
 from billhook.store.output import absolute, check_output, check_room
@@ -159,7 +159,7 @@ def _dense_output(request: PruneRequest) -> tuple[PruneRequest, Path | None]:
         return request, None
     source = Path(request.model) if isinstance(request.model, str | Path) and Path(request.model).is_dir() else None
     output = check_output(Path(request.output), source, overwrite=request.overwrite)
-    check_text_stays(request.calibration, output)
+    check_stays(request.calibration, output)
     dense = output.with_name(f"{output.name}.dense")
     if dense.exists():
         raise BillhookError(

@@ -36,7 +36,7 @@ from billhook.steps.keywords import SearchFields
 from billhook.steps.options import split_options
 from billhook.steps.prune import run
 from billhook.steps.prune_job import Job, PruneRequest
-from billhook.steps.request import Opened, check_text_stays, open_request
+from billhook.steps.request import Opened, check_stays, open_request
 from billhook.store.compute import dtype_name
 from billhook.store.output import absolute, check_output
 from billhook.store.shards import weight_bytes
@@ -100,7 +100,7 @@ def search(
     options, given = split_options(request.options, request.criterion, [name for name in names if name != AUTO])
     method = Method(request.criterion, options, request.group, prefix=request.prefix or "pruned")
     if output is not None and save_model:
-        check_text_stays(request.calibration, absolute(Path(output) / MODEL))
+        check_stays(request.calibration, absolute(Path(output) / MODEL))
     opened = open_request(request, True, "A search")
     assert opened.samples is not None
     trials = trial_method(method, opened.layers)

@@ -1,4 +1,4 @@
-"""A calibration text in the directory that an output replaces is never deleted."""
+"""A calibration text, or another file that is read, in the directory that an output replaces is never deleted."""
 
 from pathlib import Path
 
@@ -34,3 +34,12 @@ def test_it_is_said_before_anything_is_computed(tmp_path: Path, step: str, prefi
     with pytest.raises(BillhookError, match=r"text.txt is read, and is in .*old.model, which would be replaced"):
         STEPS[step](model, output=old, calibration=f"{prefix}{old / 'text.txt'}", overwrite=True)
     assert (old / "text.txt").is_file()
+
+
+@pytest.mark.parametrize("file", ["imatrix", "template"])
+def test_nor_is_another_file_that_is_read(tmp_path: Path, file: str) -> None:
+    model = tiny.save(tmp_path / "dense", tiny.llama(num_hidden_layers=1))
+    old = tiny.save(tmp_path / "old", tiny.llama(num_hidden_layers=1))
+    (old / "given.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BillhookError, match=r"given.gguf is read, and is in .*old, which would be replaced"):
+        quantize(model, "q8_0", old, quantizer="round", overwrite=True, **{file: old / "given.gguf"})
