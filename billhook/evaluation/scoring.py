@@ -1,7 +1,8 @@
 """Which predictions are scored: every next token of a language model, or those that a task defines."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +76,11 @@ def scored_rows(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 def each(unit: str) -> str:
     """What a divergence or likelihood is the mean over, by the `unit` of a `Scoring`."""
     return {"token": "a token", "answer": "a token of the answers"}.get(unit, f"an {unit}")
+
+
+def recorded_divergence(lost: Mapping[str, Any]) -> float | None:
+    """`Loss.divergence` of a loss as a record or `--json` holds it; None where it was not measured or is not finite."""
+    return 1 - lost["cosine"] if lost.get("cosine") is not None else lost.get("kl")
 
 
 def measured(unit: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from billhook.errors import BillhookError
-from billhook.evaluation.scoring import measured
+from billhook.evaluation.scoring import measured, recorded_divergence
 from billhook.plan.densities import density
 from billhook.plan.metrics import fact
 from billhook.reports.card import evaluation_rows, lost_in_words, options_text, template
@@ -57,7 +57,7 @@ def _headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     files = report["files"]
     found = []
     if lost := report.get("lost"):
-        far = 1 - lost["cosine"] if "cosine" in lost else lost["kl"]
+        far = recorded_divergence(lost)
         value = "not finite" if far is None else f"{far:.3f}"
         found = [("quality against dense", lost["verdict"]), (measured(lost.get("unit", "token")), value)]
     found.append(("sparsity", f"{100 * report['achieved']['sparsity']:.2f} %"))

@@ -27,6 +27,7 @@ from billhook.ambient import pinned
 from billhook.architectures.units import find_units
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError, JobError
+from billhook.evaluation.scoring import recorded_divergence
 from billhook.plan.front import measured_levels
 from billhook.plan.level_allocators import ERRORS
 from billhook.plan.levels import types_of
@@ -38,7 +39,7 @@ from billhook.steps.inputs import Inputs
 from billhook.steps.lost import Lost, loss_of
 from billhook.steps.quantize import open_blocks
 from billhook.steps.quantize_job import QuantizeReport
-from billhook.steps.request import Opened, check_stays, check_text_given, draw_text, identity
+from billhook.steps.request import Opened, check_text_given, draw_text, identity
 from billhook.steps.saved_levels import resume_advice
 from billhook.steps.sizes import Size, TooSmall
 from billhook.steps.slim import prepare as prepare_slim
@@ -189,9 +190,7 @@ def _checked(request: CompressRequest) -> Path:
     if request.calibration is not None and is_self(request.calibration):
         raise BillhookError("With --units, models of several sizes are compared on one text: give a text or tokens.")
     check_text_given(request, True, "Removing units")
-    output = check_output(absolute(request.output), overwrite=request.overwrite)
-    check_stays(request.calibration, output)
-    return output
+    return check_output(absolute(request.output), overwrite=request.overwrite)
 
 
 def _asked(request: CompressRequest) -> dict[str, Any]:
@@ -267,8 +266,7 @@ def _slimmed(
 
 def _divergence(folder: Path) -> float:
     """What the last step of a directory lost, as it recorded; infinite where it did not."""
-    lost = read_record(folder / RECORD).steps[-1].made_by.get("lost") or {}
-    far = 1 - lost["cosine"] if "cosine" in lost else lost.get("kl")
+    far = recorded_divergence(read_record(folder / RECORD).steps[-1].made_by.get("lost") or {})
     return math.inf if far is None else float(far)
 
 
